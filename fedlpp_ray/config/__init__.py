@@ -1,0 +1,37 @@
+"""The experiment description: one frozen, validated object, written as YAML."""
+
+from fedlpp_ray.config.files import dump_experiment, load_experiment, parse_overrides
+from fedlpp_ray.config.schema import (
+    FULL_PRECISION,
+    Bits,
+    ClientConfig,
+    ConfigError,
+    DownlinkConfig,
+    EvaluationConfig,
+    Experiment,
+    FederationConfig,
+    LoraConfig,
+    ModelConfig,
+    RuntimeConfig,
+    ServerConfig,
+    TaskConfig,
+)
+
+__all__ = [
+    "FULL_PRECISION",
+    "Bits",
+    "ClientConfig",
+    "ConfigError",
+    "DownlinkConfig",
+    "EvaluationConfig",
+    "Experiment",
+    "FederationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "RuntimeConfig",
+    "ServerConfig",
+    "TaskConfig",
+    "dump_experiment",
+    "load_experiment",
+    "parse_overrides",
+]
