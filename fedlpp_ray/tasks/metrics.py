@@ -1,0 +1,36 @@
+"""Metrics of a classification task."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+Metrics = dict[str, float]
+UTILITY = "accuracy"
+"""The main metric, the U of the method; more is better."""
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Accuracy, macro F1 over the classes, mean cross-entropy in nats, and number of examples.
+
+    Args:
+        logits: (examples, classes), float.
+        labels: (examples,), int64.
+    """
+    predictions = logits.argmax(1)
+    return {
+        "accuracy": (predictions == labels).double().mean().item(),
+        "macro_f1": float(
+            f1_score(
+                labels.numpy(),
+                predictions.numpy(),
+                labels=torch.arange(logits.shape[1]).numpy(),
+                average="macro",
+                zero_division=0,
+            )
+        ),
+        "loss": cross_entropy(logits.double(), labels).item(),
+        "examples": len(labels),
+    }

