@@ -1,0 +1,59 @@
+"""A run on disk: the server's adapter, the history and the experiment.
+
+Everything random in a run is derived from the seed and the round, so this is the whole state: a
+restored run goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from fedlpp_ray.config import ConfigError, dump_experiment, load_experiment
+from fedlpp_ray.federation.loop import Federation
+from fedlpp_ray.federation.records import RoundRecord
+
+EXPERIMENT, HISTORY, ADAPTER = "experiment.yaml", "history.json", "adapter"
+
+
+def save(federation: Federation, folder: Path) -> None:
+    """Write the run into an existing, empty folder.
+
+    The history comes last and by renaming: a folder that has it is whole.
+    """
+    write_adapter(federation.backend.adapter(), folder / ADAPTER)
+    text = dump_experiment(
+        federation.experiment,
+        "The experiment of this run",
+        f"python -m fedlpp_ray.train {EXPERIMENT}",
+    )
+    (folder / EXPERIMENT).write_text(text, encoding="utf-8")
+    aside = folder / f"{HISTORY}.part"
+    history = [record.to_dict() for record in federation.history]
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(history, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(folder / HISTORY)
+
+
+def restore(federation: Federation, folder: Path) -> None:
+    """Continue `federation` from what `save` wrote.
+
+    Raises:
+        ConfigError: the checkpoint is of another experiment.
+    """
+    if load_experiment(folder / EXPERIMENT) != federation.experiment:
+        raise ConfigError(f"{folder}: this checkpoint is of another experiment")
+    history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    files = {path.name: path.read_bytes() for path in (folder / ADAPTER).iterdir()}
+    federation.backend.restore(files)
+    federation.history = [RoundRecord.from_dict(record) for record in history]
+
+
+def write_adapter(files: dict[str, bytes], folder: Path) -> None:
+    """Write an adapter's files into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

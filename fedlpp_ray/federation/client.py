@@ -1,0 +1,110 @@
+"""Clients: one host serves many virtual clients on one device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.federation.records import Floor
+from fedlpp_ray.federation.wire import UPLINK, downlink_codec, schema_of
+from fedlpp_ray.lora import State, add_lora, read_state, write_state
+from fedlpp_ray.messages import Envelope, decode, encode
+from fedlpp_ray.models import load_classifier, quantize_base
+from fedlpp_ray.seeds import derive
+from fedlpp_ray.tasks import Metrics
+from fedlpp_ray.training import configure_torch, evaluate, train_locally
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client returns from one round.
+
+    Attributes:
+        client: Which client.
+        payload: The encoded update a_i - D.
+        loss: Mean training loss, nats.
+        seconds: Time the client computed, decoding and encoding included.
+        host: Which host it ran on.
+    """
+
+    client: int
+    payload: bytes
+    loss: float
+    seconds: float
+    host: int
+
+
+class ClientHost:
+    """A client base on one device, lent to one virtual client at a time.
+
+    The base is loaded and quantized once; a client costs writing the broadcast into the adapter
+    and a fresh optimizer. A host keeps no state of a client between calls.
+
+    Args:
+        experiment: What to run.
+        host: Number of this host, reported back with each update.
+
+    Raises:
+        AssetError, TaskError, ValueError: the model or the data cannot be used.
+    """
+
+    def __init__(self, experiment: Experiment, host: int = 0) -> None:
+        self._experiment = experiment
+        self._host = host
+        self._device = configure_torch(experiment.runtime.threads, experiment.runtime.client_gpus)
+        self._text = FederatedText(experiment)
+        base = load_classifier(experiment.model, self._text.labels, experiment.seed)
+        base = quantize_base(base.to(self._device), experiment.client)
+        self._model = add_lora(base, experiment.lora, experiment.seed).to(self._device)
+        self._initial = read_state(self._model)
+        self._schema = schema_of(self._initial)
+        self._codec = downlink_codec(experiment.downlink, self._schema)
+
+    def train(self, round: int, client: int, broadcast: bytes) -> ClientUpdate:
+        """Local training of one client from the broadcast.
+
+        Raises:
+            MessageError: the broadcast is not what this round expects.
+        """
+        start = time.perf_counter()
+        received = self._receive(round, broadcast)
+        loss = self._train_client(round, client, self._experiment.federation.local_steps)
+        after = read_state(self._model)
+        update = {name: after[name] - received[name] for name in after}
+        envelope = Envelope("update", round, client, self._text.examples[client])
+        payload = encode(envelope, update, UPLINK)
+        return ClientUpdate(client, payload, loss, time.perf_counter() - start, self._host)
+
+    def evaluate(self, round: int, broadcast: bytes) -> tuple[Metrics, Metrics]:
+        """Metrics of the broadcast as received, and after the strongest client's training."""
+        self._receive(round, broadcast)
+        before = evaluate(self._model, self._text.held_out, self._device)
+        self._train_client(round, self._text.strongest, self._experiment.federation.local_steps)
+        return before, evaluate(self._model, self._text.held_out, self._device)
+
+    def measure_floor(self) -> Floor:
+        """What the strongest client has without taking part."""
+        federation, strongest = self._experiment.federation, self._text.strongest
+        write_state(self._model, self._initial)
+        base = evaluate(self._model, self._text.held_out, self._device)
+        self._train_client(0, strongest, federation.rounds * federation.local_steps)
+        local_only = evaluate(self._model, self._text.held_out, self._device)
+        return Floor(base, local_only, strongest, self._text.examples[strongest])
+
+    def _receive(self, round: int, broadcast: bytes) -> State:
+        state = decode(broadcast, Envelope("broadcast", round), self._schema, self._codec)
+        write_state(self._model, state)
+        return state
+
+    def _train_client(self, round: int, client: int, steps: int) -> float:
+        return train_locally(
+            self._model,
+            self._text.client(client),
+            self._experiment.client,
+            steps=steps,
+            seed=derive(self._experiment.seed, "local", round, client),
+            pad=self._text.pad,
+            device=self._device,
+        )

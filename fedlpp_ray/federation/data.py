@@ -1,0 +1,50 @@
+"""The text of an experiment as its parties use it: tokenized, shared out, batched."""
+
+from __future__ import annotations
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.models import load_tokenizer
+from fedlpp_ray.tasks import Batch, Encoded, encode, evaluation_batches, load_task, partition
+
+
+class FederatedText:
+    """The clients' shares and the held-out batches.
+
+    Args:
+        experiment: What to run.
+
+    Attributes:
+        labels: Number of classes.
+        examples: Number of training examples of each client.
+        pad: Token id to pad with.
+        held_out: Batches that every model is evaluated on.
+
+    Raises:
+        AssetError, TaskError: the data or the tokenizer cannot be used.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        task = load_task(experiment.task)
+        tokenizer = load_tokenizer(experiment.model)
+        length = experiment.task.max_length
+        self._parts = partition(task.train.labels, experiment.federation, experiment.seed)
+        self.labels = len(task.labels)
+        self.examples = [len(part) for part in self._parts]
+        self.pad: int = tokenizer.pad_token_id
+        self.held_out: list[Batch] = evaluation_batches(
+            encode(task.held_out, tokenizer, length), self.pad, experiment.evaluation.batch_size
+        )
+        self._encode = lambda examples: encode(examples, tokenizer, length)
+        self._train = task.train
+        self._clients: dict[int, Encoded] = {}
+
+    def client(self, client: int) -> Encoded:
+        """A client's examples, tokenized when it is first sampled."""
+        if client not in self._clients:
+            self._clients[client] = self._encode(self._train.take(self._parts[client].tolist()))
+        return self._clients[client]
+
+    @property
+    def strongest(self) -> int:
+        """The client with the most examples, the lowest number among equals."""
+        return self.examples.index(max(self.examples))

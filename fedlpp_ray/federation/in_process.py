@@ -1,0 +1,35 @@
+"""All parties in this process, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.client import ClientHost, ClientUpdate
+from fedlpp_ray.federation.records import Evaluation, Floor
+from fedlpp_ray.federation.server import Server
+
+
+class InProcess:
+    """A `Backend` without Ray: one server and one client host.
+
+    Raises:
+        AssetError, TaskError, ValueError: the model or the data cannot be used.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._server = Server(experiment)
+        self._host = ClientHost(experiment)
+        self.encode_broadcast = self._server.encode_broadcast
+        self.aggregate = self._server.aggregate
+        self.adapter = self._server.adapter
+        self.restore = self._server.restore
+        self.measure_floor = self._host.measure_floor
+
+    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+        """One update from each client, in the order of the cohort."""
+        return [self._host.train(round, client, broadcast) for client in cohort]
+
+    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
+        """The server's state and what a client has of it."""
+        return Evaluation(self._server.evaluate(), *self._host.evaluate(round, broadcast))

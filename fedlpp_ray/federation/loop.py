@@ -1,0 +1,123 @@
+"""The federation: rounds of FedLPP (Zhu et al., 2024), each in five steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.client import ClientUpdate
+from fedlpp_ray.federation.records import Evaluation, Floor, RoundRecord
+from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.messages import Transfer
+
+
+class Backend(Protocol):
+    """The server and its clients, wherever they run: in this process, or in Ray actors."""
+
+    def encode_broadcast(self, round: int) -> bytes:
+        """The server's quantized state, for every client of a round."""
+
+    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+        """One update from each client, in the order of the cohort."""
+
+    def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
+        """Fold the updates into the server's next state; returns its digest."""
+
+    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
+        """The server's state and what a client has of it, given that state's broadcast."""
+
+    def measure_floor(self) -> Floor:
+        """What a client has without taking part."""
+
+    def adapter(self) -> dict[str, bytes]:
+        """The server's state as the files of a PEFT adapter."""
+
+    def restore(self, adapter: dict[str, bytes]) -> None:
+        """Take back the state of an `adapter`."""
+
+
+class Federation:
+    """One federated run.
+
+    Args:
+        experiment: What to run.
+        backend: The parties.
+
+    Attributes:
+        history: The finished rounds. A run that starts with a history continues after it.
+    """
+
+    def __init__(self, experiment: Experiment, backend: Backend) -> None:
+        self.experiment = experiment
+        self.backend = backend
+        self.history: list[RoundRecord] = []
+
+    def run(self) -> Iterator[RoundRecord]:
+        """The rounds that remain, each yielded as it ends."""
+        for round in range(len(self.history) + 1, self.experiment.federation.rounds + 1):
+            self.history.append(self.run_round(round))
+            yield self.history[-1]
+
+    def run_round(self, round: int) -> RoundRecord:
+        """One round, in five steps."""
+        clock = _Clock()
+        # 1. Sample the cohort.
+        cohort = sample_cohort(self.experiment.federation, self.experiment.seed, round)
+        # 2. The server encodes the broadcast once.
+        with clock("broadcast"):
+            broadcast = self.backend.encode_broadcast(round)
+        # 3. Each sampled client trains from it and returns one encoded update.
+        with clock("train"):
+            updates = self.backend.train(round, cohort, broadcast)
+        # 4. The server folds the updates, in the cohort's order, into a new state.
+        with clock("aggregate"):
+            digest = self.backend.aggregate(round, broadcast, updates)
+        # 5. Evaluate and record.
+        with clock("evaluate"):
+            evaluation = self._evaluate(round) if self._is_evaluated(round) else None
+        return RoundRecord(
+            round=round,
+            evaluation=evaluation,
+            ledger=tuple(Transfer(u.client, len(broadcast), len(u.payload)) for u in updates),
+            loss=tuple(update.loss for update in updates),
+            seconds=clock.seconds(updates),
+            digest=digest,
+        )
+
+    def _is_evaluated(self, round: int) -> bool:
+        every, last = self.experiment.evaluation.every, self.experiment.federation.rounds
+        return round % every == 0 or round == last
+
+    def _evaluate(self, round: int) -> Evaluation:
+        """Measure the state after a round through the broadcast that the next round would send."""
+        return self.backend.evaluate(round + 1, self.backend.encode_broadcast(round + 1))
+
+
+class _Clock:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[phase] = time.perf_counter() - start
+
+    def seconds(self, updates: Sequence[ClientUpdate]) -> dict[str, float]:
+        """Phases, the total, and training split in compute and communication."""
+        busy: dict[int, float] = {}
+        for update in updates:
+            busy[update.host] = busy.get(update.host, 0.0) + update.seconds
+        compute = max(busy.values())
+        return {
+            **self._phases,
+            "client_compute": compute,
+            "communication": self._phases["train"] - compute,
+            "total": time.perf_counter() - self._start,
+        }

@@ -1,0 +1,93 @@
+"""What a run remembers: values, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedlpp_ray.messages import Transfer, total_bytes
+from fedlpp_ray.tasks import Metrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One state S of the server, measured three ways on held-out data.
+
+    Attributes:
+        server: Full-precision base and S.
+        client_before: What a client receives: its base and D = deq(quant(S)).
+        client_after: The same after the local training of the client with the most examples.
+    """
+
+    server: Metrics
+    client_before: Metrics
+    client_after: Metrics
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the client with the most examples has without taking part.
+
+    Attributes:
+        base: The client's base with no adapter (and an untrained head).
+        local_only: LoRA trained on that client's data alone, for rounds x local_steps steps.
+        client: Which client.
+        examples: How many examples it has.
+    """
+
+    base: Metrics
+    local_only: Metrics
+    client: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round.
+
+    Attributes:
+        round: From 1.
+        evaluation: Of the state after this round, or None where it was not evaluated.
+        ledger: Bytes of each client of the cohort.
+        loss: Mean training loss of each client of the cohort, nats.
+        seconds: Wall time by phase: broadcast, train, aggregate, evaluate, total. Within train,
+            `client_compute` is that of the busiest actor and `communication` the rest.
+        digest: SHA-256 of the state after this round.
+    """
+
+    round: int
+    evaluation: Evaluation | None
+    ledger: tuple[Transfer, ...]
+    loss: tuple[float, ...]
+    seconds: dict[str, float]
+    digest: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of a result file."""
+        clients = zip(self.ledger, self.loss, strict=True)
+        return {
+            "round": self.round,
+            **(asdict(self.evaluation) if self.evaluation else dict.fromkeys(EVALUATED)),
+            "bytes": total_bytes(self.ledger),
+            "seconds": self.seconds,
+            "clients": [asdict(transfer) | {"loss": loss} for transfer, loss in clients],
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
+        """The inverse of `to_dict`."""
+        clients = values["clients"]
+        evaluated = values["server"] is not None
+        return cls(
+            round=values["round"],
+            evaluation=Evaluation(**{key: values[key] for key in EVALUATED}) if evaluated else None,
+            ledger=tuple(Transfer(c["client"], c["down"], c["up"]) for c in clients),
+            loss=tuple(client["loss"] for client in clients),
+            seconds=values["seconds"],
+            digest=values["digest"],
+        )
+
+
+EVALUATED = ("server", "client_before", "client_after")
+"""The models of an evaluation, as `Evaluation` names them."""

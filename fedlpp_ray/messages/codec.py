@@ -1,0 +1,159 @@
+"""Encoding and checked decoding of one state.
+
+A message is one safetensors file. Its metadata hold one key, `fedlpp`: the envelope (kind, round,
+client, examples), the format version, the quantizer and the schema, as JSON. Each tensor of the
+state travels as the parts of its quantized form (`NAME:codes`, `NAME:scales`, ...), or whole, in
+fp32, under its own name.
+
+The receiver says what it expects and believes nothing of the message before it has checked it. No
+pickle is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedlpp_ray.lora import State
+from fedlpp_ray.messages.checks import (
+    MessageError,
+    Parts,
+    check_finite,
+    check_header,
+    check_norm,
+    read_header,
+)
+from fedlpp_ray.quantization import QuantizedTensor, Quantizer
+
+FORMAT_VERSION = 1
+Schema = Mapping[str, tuple[int, ...]]
+"""Names and shapes of a state's tensors, in sorted order."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Who says what: a broadcast of a round, or a client's update with its number of examples."""
+
+    kind: Literal["broadcast", "update"]
+    round: int
+    client: int | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the tensors of a state travel.
+
+    Attributes:
+        quantizer: For every tensor; None sends all in fp32.
+        full_precision: Names of tensors that are sent in fp32 all the same.
+    """
+
+    quantizer: Quantizer | None
+    full_precision: frozenset[str] = frozenset()
+
+    def of(self, name: str) -> Quantizer | None:
+        """The quantizer of one tensor, or None for fp32."""
+        return None if name in self.full_precision else self.quantizer
+
+
+def encode(
+    envelope: Envelope, state: State, codec: Codec, generator: torch.Generator | None = None
+) -> bytes:
+    """The message that carries `state`.
+
+    Args:
+        envelope: Kind, round, sender.
+        state: fp32 tensors; not changed.
+        codec: How they travel.
+        generator: Needed by stochastic rounding only.
+
+    Raises:
+        ValueError: a tensor is not finite, or stochastic rounding lacks a generator.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, tensor in sorted(state.items()):
+        quantizer = codec.of(name)
+        if quantizer is None:
+            check_finite(name, tensor, ValueError)
+            parts[name] = tensor.float().contiguous()
+        else:
+            for part, values in quantizer.quantize(tensor, generator).tensors().items():
+                parts[f"{name}:{part}"] = values
+    schema = {name: tuple(tensor.shape) for name, tensor in sorted(state.items())}
+    return safetensors.torch.save(parts, {"fedlpp": _header(envelope, schema, codec)})
+
+
+def decode(
+    payload: bytes,
+    expected: Envelope,
+    schema: Schema,
+    codec: Codec,
+    max_norm: float = float("inf"),
+) -> State:
+    """The state that a message carries: exactly what dequantizing at the sender would give.
+
+    Args:
+        payload: The received bytes.
+        expected: The envelope that the receiver waits for.
+        schema: Names and shapes that the receiver's model has.
+        codec: How the receiver has agreed that they travel.
+        max_norm: Largest L2 norm of the whole state.
+
+    Raises:
+        MessageError: size, header, names, shapes, dtypes or values are not as expected, or the
+            norm is too large. Nothing of the message has been used.
+    """
+    parts = _expected_parts(schema, codec)
+    header = read_header(payload, parts)
+    check_header(header, json.loads(_header(expected, schema, codec)))
+    try:
+        tensors = safetensors.torch.load(payload)
+    except Exception as error:
+        raise MessageError(f"not a safetensors message: {error}") from None
+    state = {name: _restore(name, schema[name], codec.of(name), tensors) for name in schema}
+    for name, tensor in state.items():
+        check_finite(name, tensor, MessageError)
+    check_norm(state, max_norm)
+    return state
+
+
+def _header(envelope: Envelope, schema: Schema, codec: Codec) -> str:
+    header = {
+        "format": FORMAT_VERSION,
+        **asdict(envelope),
+        "quantizer": None if codec.quantizer is None else asdict(codec.quantizer),
+        "full_precision": sorted(codec.full_precision),
+        "schema": {name: list(shape) for name, shape in schema.items()},
+    }
+    return json.dumps(header)
+
+
+def _expected_parts(schema: Schema, codec: Codec) -> Parts:
+    parts: Parts = {}
+    for name, shape in schema.items():
+        quantizer = codec.of(name)
+        if quantizer is None:
+            parts[name] = (torch.float32, shape)
+        else:
+            for part, expected in quantizer.parts(shape).items():
+                parts[f"{name}:{part}"] = expected
+    return parts
+
+
+def _restore(
+    name: str, shape: tuple[int, ...], quantizer: Quantizer | None, tensors: Mapping[str, Any]
+) -> Tensor:
+    if quantizer is None:
+        return tensors[name]  # type: ignore[no-any-return]
+    parts = {part: tensors[f"{name}:{part}"] for part in quantizer.parts(shape)}
+    try:
+        return QuantizedTensor.from_parts(quantizer, shape, torch.float32, parts).dequantize()
+    except ValueError as error:
+        raise MessageError(f"{name}: {error}") from None

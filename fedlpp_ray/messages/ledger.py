@@ -1,0 +1,27 @@
+"""The byte ledger: what each client of a round really received and sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One client's traffic in one round, in bytes: the `len()` of whole messages.
+
+    Attributes:
+        client: Which client.
+        down: Bytes of the broadcast that it received.
+        up: Bytes of the update that it returned.
+    """
+
+    client: int
+    down: int
+    up: int
+
+
+def total_bytes(ledger: Iterable[Transfer]) -> dict[str, int]:
+    """`{"down": ..., "up": ...}` over all transfers."""
+    transfers = list(ledger)
+    return {"down": sum(t.down for t in transfers), "up": sum(t.up for t in transfers)}

@@ -1,0 +1,50 @@
+"""Protection: how much of the server's advantage the strongest client does not get.
+
+    protection = (U_server - max U_attack) / (U_server - U_floor)
+
+1: nothing leaks beyond what a client could do alone. 0: the client has as good a model as the
+server. Below 0: the client's is better. Undefined where the server is not above the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Protection with the utilities that it was computed from.
+
+    Attributes:
+        value: Protection, or None where it is undefined.
+        reason: Why it is undefined, or None.
+        server: Utility of the server's final model.
+        strongest: Name and utility of the client's strongest model.
+        floor: Name and utility of the best model that a client has without taking part.
+    """
+
+    value: float | None
+    reason: str | None
+    server: float
+    strongest: tuple[str, float]
+    floor: tuple[str, float]
+
+
+def measure_protection(
+    server: float, attacks: Mapping[str, float], floor: Mapping[str, float]
+) -> Protection:
+    """Protection against the strongest of `attacks`.
+
+    Args:
+        server: Utility of the server's final model.
+        attacks: Utility of each model that a client could have, by name. At least one.
+        floor: Utility of each model that a client has without taking part, by name. At least one.
+    """
+    strongest = max(attacks.items(), key=lambda item: item[1])
+    best_floor = max(floor.items(), key=lambda item: item[1])
+    advantage = server - best_floor[1]
+    if advantage <= 0:
+        reason = f"the server ({server:.3f}) is not above the floor ({best_floor[1]:.3f})"
+        return Protection(None, reason, server, strongest, best_floor)
+    return Protection((server - strongest[1]) / advantage, None, server, strongest, best_floor)

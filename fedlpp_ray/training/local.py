@@ -1,0 +1,58 @@
+"""The local training of one client."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedlpp_ray.config import ClientConfig
+from fedlpp_ray.seeds import derive, generator
+from fedlpp_ray.tasks import collate
+from fedlpp_ray.tasks.batches import Encoded
+
+
+def train_locally(
+    model: nn.Module,
+    examples: Encoded,
+    config: ClientConfig,
+    *,
+    steps: int,
+    seed: int,
+    pad: int,
+    device: torch.device,
+) -> float:
+    """Train the model's trainable parameters in place with a fresh AdamW.
+
+    Args:
+        model: A classifier with adapters, holding what the client received.
+        examples: The client's data; passed over in a new random order each epoch. The last batch
+            of an epoch may be short.
+        config: Learning rate, weight decay, batch size.
+        steps: Optimizer steps.
+        seed: Order of the examples and dropout depend on it alone.
+        pad: Token id to pad with.
+        device: Where the model is.
+
+    Returns:
+        Mean training loss over the steps, in nats.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    order = generator(seed, "order")
+    queue: list[int] = []
+    total = 0.0
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "dropout"))
+        for _ in range(steps):
+            if not queue:
+                queue = torch.randperm(len(examples), generator=order).tolist()
+            chosen, queue = queue[: config.batch_size], queue[config.batch_size :]
+            batch = collate([examples[i] for i in chosen], pad)
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+    model.eval()
+    return total / steps
