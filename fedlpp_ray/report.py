@@ -1,0 +1,126 @@
+"""A sweep's outcome: table, non-dominated set, CSV and plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from fedlpp_ray.runtime.sweep import TrialOutcome
+from fedlpp_ray.tracking.metrics import final_metrics
+
+BEST = "non_dominated"
+_COLUMNS = {
+    "server/accuracy": "server",
+    "client_before/accuracy": "client before",
+    "client_after/accuracy": "client after",
+    "strongest_client": "strongest client",
+    "floor": "floor",
+    "protection": "protection",
+    "bytes/total": "MB moved",
+    "seconds/run": "seconds",
+}
+
+
+def summarize(
+    outcomes: Iterable[TrialOutcome], keys: Sequence[str], objectives: Mapping[str, str]
+) -> pd.DataFrame:
+    """One row a trial: searched keys, final metrics, error, and whether it is non-dominated.
+
+    A trial that failed, or lacks an objective (undefined protection is NaN), is never
+    non-dominated.
+    """
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = {"trial": outcome.trial}
+        row |= {key: outcome.config[key] for key in keys}
+        row |= final_metrics(outcome.result) if outcome.result else {}
+        rows.append(row | {"error": outcome.error})
+    table = pd.DataFrame(rows)
+    for metric in objectives:
+        if metric not in table:
+            table[metric] = math.nan
+    table[BEST] = non_dominated(table[list(objectives)].to_numpy(float), objectives.values())
+    return table
+
+
+def non_dominated(points: Any, directions: Iterable[str]) -> list[bool]:
+    """Which points no other point beats: at least as good in all, better in one.
+
+    Args:
+        points: (points, objectives), float; a point with NaN is never non-dominated.
+        directions: "max" or "min", one an objective.
+    """
+    signs = [1.0 if direction == "max" else -1.0 for direction in directions]
+    values = [tuple(s * x for s, x in zip(signs, point, strict=True)) for point in points]
+    complete = [value for value in values if not any(map(math.isnan, value))]
+
+    def beaten(value: tuple[float, ...]) -> bool:
+        return any(
+            other != value and all(a >= b for a, b in zip(other, value, strict=True))
+            for other in complete
+        )
+
+    return [value in complete and not beaten(value) for value in values]
+
+
+def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
+    """The summary for the terminal; a star marks the non-dominated trials."""
+    shown = Table("", *[key.rpartition(".")[2] for key in keys], *_COLUMNS.values(), box=None)
+    for _, row in table.iterrows():
+        cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
+        if row["error"]:
+            cells = ["failed", *[""] * (len(_COLUMNS) - 1)]
+        shown.add_row("*" if row[BEST] else "", *[str(row[key]) for key in keys], *cells)
+    return shown
+
+
+def _cell(column: str, value: float) -> str:
+    if math.isnan(value):
+        return "undefined" if column == "protection" else "-"
+    if column == "bytes/total":
+        return f"{value / 1e6:.2f}"
+    if column == "protection":
+        return f"{value:+.3f}"
+    return f"{value:.0f}" if column == "seconds/run" else f"{value:.3f}"
+
+
+def save_plot(table: pd.DataFrame, keys: Sequence[str], path: Path) -> None:
+    """Server utility and the strongest client's against bytes, trials joined by a line.
+
+    Args:
+        table: From `summarize`.
+        keys: The searched keys; the first one colours the points.
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    finished = table[table["error"].isna() & table["server/accuracy"].notna()]
+    for number, (value, group) in enumerate(finished.groupby(keys[0], sort=False)):
+        colour = f"C{number}"
+        megabytes = group["bytes/total"] / 1e6
+        label = f"{keys[0]} = {value}"
+        axes.vlines(megabytes, group["strongest_client"], group["server/accuracy"], colour, lw=1)
+        axes.scatter(megabytes, group["server/accuracy"], color=colour, label=label)
+        client = axes.scatter(megabytes, group["strongest_client"], color=colour, marker="x")
+        client.set_label(None)
+        best = group[group[BEST]]
+        axes.scatter(
+            best["bytes/total"] / 1e6, best["server/accuracy"], s=140, fc="none", ec=colour
+        )
+    if len(finished):
+        axes.axhspan(finished["floor"].min(), finished["floor"].max(), color="0.5", alpha=0.2)
+    axes.scatter([], [], color="0.3", marker="x", label="strongest client model")
+    axes.scatter([], [], s=140, fc="none", ec="0.3", label="non-dominated")
+    axes.plot([], [], color="0.5", alpha=0.2, lw=8, label="floor")
+    axes.set(xlabel="MB moved, both directions", ylabel="held-out accuracy")
+    axes.set_title("Server (dot) and strongest client (cross): a gap is protection")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,120 @@
+"""The parties of a run as Ray actors, each pinned to its own bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.client import ClientHost, ClientUpdate
+from fedlpp_ray.federation.records import Evaluation, Floor
+from fedlpp_ray.federation.server import Server
+from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_actors
+
+
+class RayBackend:
+    """A `Backend` of one server actor and several client actors.
+
+    Args:
+        experiment: What to run.
+        group: Reservation with the bundles of `placement.bundles(experiment)`.
+
+    Raises:
+        PlacementError: the actors are not ready in `runtime.start_timeout`.
+        ray.exceptions.RayActorError: an actor could not be set up; it holds the reason.
+    """
+
+    def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
+        needed = bundles(experiment)
+        self._server = _start(Server, group, SERVER_BUNDLE, needed, experiment)
+        self._hosts = [
+            _start(ClientHost, group, 1 + i, needed, experiment, i)
+            for i in range(client_actors(experiment))
+        ]
+        self._broadcast: tuple[int, Any] = (0, None)
+        self._wait_until_ready(experiment.runtime.start_timeout)
+
+    def encode_broadcast(self, round: int) -> bytes:
+        """The server's quantized state, for every client of a round."""
+        return self._ask(self._server.encode_broadcast, round)  # type: ignore[no-any-return]
+
+    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+        """One update from each client, in the order of the cohort; each actor pulls the next."""
+        reference = self._put(round, broadcast)
+        pool = ActorPool(self._hosts)
+        return list(pool.map(lambda host, client: host.train.remote(round, client, reference), cohort))
+
+    def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
+        """Fold the updates into the server's next state; returns its digest."""
+        reference = self._put(round, broadcast)
+        return self._ask(self._server.aggregate, round, reference, updates)  # type: ignore[no-any-return]
+
+    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
+        """The server's state and what a client has of it, measured at the same time."""
+        server = self._server.evaluate.remote()
+        client = self._hosts[0].evaluate.remote(round, self._put(round, broadcast))
+        return Evaluation(ray.get(server), *ray.get(client))
+
+    def measure_floor(self) -> Floor:
+        """What a client has without taking part."""
+        return self._ask(self._hosts[0].measure_floor)  # type: ignore[no-any-return]
+
+    def adapter(self) -> dict[str, bytes]:
+        """The server's state as the files of a PEFT adapter."""
+        return self._ask(self._server.adapter)  # type: ignore[no-any-return]
+
+    def restore(self, adapter: dict[str, bytes]) -> None:
+        """Take back the state of an `adapter`."""
+        self._ask(self._server.restore, adapter)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in (self._server, *self._hosts):
+            ray.kill(actor)
+
+    def _put(self, round: int, broadcast: bytes) -> Any:
+        """The broadcast in the object store: put once a round, whoever uses it."""
+        if self._broadcast[0] != round:
+            self._broadcast = (round, ray.put(broadcast))
+        return self._broadcast[1]
+
+    @staticmethod
+    def _ask(method: Any, *arguments: Any) -> Any:
+        return ray.get(method.remote(*arguments))
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        actors = [self._server, *self._hosts]
+        ready = [actor.__ray_ready__.remote() for actor in actors]
+        done, waiting = ray.wait(ready, num_returns=len(ready), timeout=timeout)
+        try:
+            ray.get(done)
+            if waiting:
+                raise PlacementError(
+                    f"{len(waiting)} of {len(actors)} actors are not ready after {timeout:g} s "
+                    f"(runtime.start_timeout); free resources: {ray.available_resources()}"
+                )
+        except Exception:
+            self.close()
+            raise
+
+
+def _start(
+    party: type, group: PlacementGroup, index: int, needed: list[dict[str, float]], *args: Any
+) -> Any:
+    """One actor that takes the whole of its bundle."""
+    resources = needed[index]
+    pinned = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return (
+        ray.remote(party)
+        .options(
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=pinned,
+        )
+        .remote(*args)
+    )

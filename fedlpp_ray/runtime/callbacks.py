@@ -1,0 +1,143 @@
+"""What the sweep's driver does at each report of a trial: log it, and show it.
+
+Both callbacks make their connections in `setup` and hold only plain values before, because Tune
+pickles them: a restored sweep goes on with the callbacks that it was started with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from ray.tune import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.tracking.metrics import PROTECTION, ROUND
+
+logger = logging.getLogger(__name__)
+
+
+def reported(result: Mapping[str, Any]) -> dict[str, float]:
+    """What the trial reported, without what Tune adds."""
+    names = (ROUND, PROTECTION, "floor", "strongest_client")
+    return {key: value for key, value in result.items() if "/" in key or key in names}
+
+
+class MlflowCallback(Callback):
+    """One flat MLflow run a trial, found again by its tags when a sweep is restored.
+
+    A tracking store that fails in mid-sweep costs its log, not the sweep.
+
+    Args:
+        uri: Tracking URI.
+        sweep: Name of the sweep, its MLflow experiment.
+        base: The experiment that trials vary.
+        artifacts: Folder for artifacts where the store is SQLite.
+    """
+
+    def __init__(self, uri: str, sweep: str, base: Experiment, artifacts: Path) -> None:
+        self._uri, self._sweep, self._base, self._artifacts = uri, sweep, base, artifacts
+        self._tracker: Any = None
+        self._runs: dict[str, str] = {}
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Connect."""
+        from fedlpp_ray.tracking.mlflow_runs import Tracker
+
+        self._tracker = Tracker(self._uri, self._sweep, self._artifacts)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        """Log one round, or the final numbers."""
+        metrics = reported(result)
+        log = "log_final" if PROTECTION in metrics else "log_round"
+        self._try(lambda: getattr(self._tracker, log)(self._run(trial), metrics))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Add the artifacts and end the run."""
+        self._try(lambda: self._close(trial, "FINISHED"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """End the run as failed, with what there is."""
+        self._try(lambda: self._close(trial, "FAILED"))
+
+    def _run(self, trial: Any) -> str:
+        if trial.trial_id not in self._runs:
+            from fedlpp_ray.tracking.mlflow_runs import SWEEP_TAG, TRIAL_TAG
+
+            config = self._base.with_values(trial.config).model_dump(mode="json")
+            tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
+            name = " ".join(
+                f"{key.rpartition('.')[2]}={value}"
+                for key, value in (trial.evaluated_params or trial.config).items()
+            )
+            self._runs[trial.trial_id] = self._tracker.open(name, config, tags)
+        return self._runs[trial.trial_id]
+
+    def _close(self, trial: Any, status: Literal["FINISHED", "FAILED"]) -> None:
+        with ExitStack() as stack:
+            folder = None
+            if trial.checkpoint:
+                folder = Path(stack.enter_context(trial.checkpoint.as_directory()))
+            self._tracker.close(self._run(trial), status, folder)
+
+    @staticmethod
+    def _try(action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.warning("not logged to MLflow: %s", error)
+
+
+class ProgressCallback(Callback):
+    """A bar for a person, and a line for each trial that ends.
+
+    Args:
+        total: Number of trials.
+        keys: The searched keys, shown with each trial.
+    """
+
+    def __init__(self, total: int, keys: list[str]) -> None:
+        self._total, self._keys, self._ended = total, keys, 0
+        self._console: Any = None
+        self._bar: Any = None
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Start the bar."""
+        self._console = Console(stderr=True, soft_wrap=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("trials"))
+        self._bar = Progress(
+            *columns, console=self._console, disable=not self._console.is_terminal
+        )
+        self._task = self._bar.add_task("trials", total=self._total)
+        self._bar.start()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Show a finished trial."""
+        metrics = reported(trial.last_result or {})
+        shown = [f"server {metrics.get('server/accuracy', float('nan')):.3f}"]
+        if PROTECTION in metrics:
+            shown.append(f"protection {metrics[PROTECTION]:+.3f}")
+        self._line(trial, "  ".join(shown))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Show a failed trial."""
+        self._line(trial, f"failed, see {trial.error_file}")
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        """End the bar."""
+        self._bar.stop()
+
+    def _line(self, trial: Any, text: str) -> None:
+        self._ended += 1
+        self._bar.update(self._task, completed=self._ended)
+        searched = "  ".join(f"{key}={trial.config[key]}" for key in self._keys)
+        self._console.print(
+            f"trial {self._ended}/{self._total}  {searched}  {text}", highlight=False
+        )

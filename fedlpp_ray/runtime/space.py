@@ -1,0 +1,152 @@
+"""A search space: a short Python file that names a base experiment and what to vary.
+
+    base = "../configs/trec_minilm.yaml"             # relative to the file
+    param_space = {"lora.rank": tune.grid_search([4, 16]), ...}    # dotted keys
+    objectives = {"server/accuracy": "max", ...}     # metric: "max" or "min"
+    tune_config = tune.TuneConfig(num_samples=4)     # optional: samples, searcher, scheduler
+"""
+
+from __future__ import annotations
+
+import hashlib
+import runpy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ray import tune
+from ray.tune.search.sample import Domain
+from ray.tune.search.variant_generator import generate_variants
+
+from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
+
+Direction = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a sweep searches.
+
+    Attributes:
+        name: The file's name and a digest of everything that defines the sweep, so that the same
+            sweep is found again in its storage folder and another one is not mixed with it.
+        base: The experiment that trials vary.
+        param_space: Dotted keys to Tune samplers, grids or constants.
+        objectives: Direction of each metric that counts.
+        tune_config: Number of samples, searcher, scheduler.
+        trials: Each trial's dotted keys, or None where a searcher chooses as it goes.
+    """
+
+    name: str
+    base: Experiment
+    param_space: dict[str, Any]
+    objectives: dict[str, Direction]
+    tune_config: tune.TuneConfig
+    trials: list[dict[str, Any]] | None
+
+    @property
+    def keys(self) -> list[str]:
+        """The dotted keys that vary: those that are not constants."""
+        return [key for key, value in self.param_space.items() if not _is_constant(value)]
+
+    @property
+    def total(self) -> int:
+        """Number of trials."""
+        return self.tune_config.num_samples if self.trials is None else len(self.trials)
+
+    def experiments(self) -> list[Experiment]:
+        """The experiments of the trials as far as they are known: all, or the base alone."""
+        if self.trials is None:
+            return [self.base]
+        return [self.base.with_values(trial, self.name) for trial in self.trials]
+
+
+def load_space(
+    path: str | Path, overrides: Iterable[str] = (), max_trials: int | None = None
+) -> SearchSpace:
+    """Read a search space and resolve its trials, each of which is validated.
+
+    Args:
+        path: The Python file.
+        overrides: `key=value` on the base. A key that the space searches is fixed instead.
+        max_trials: Run only the first so many.
+
+    Raises:
+        ConfigError: the file lacks a name or has one of a wrong type, a key is unknown, or a trial
+            is an invalid experiment; the message names it.
+    """
+    path = Path(path)
+    overrides = list(overrides)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    if max_trials is not None and max_trials < 1:
+        raise ConfigError(f"--max-trials {max_trials}: must be at least 1")
+    module = runpy.run_path(str(path))
+    base_path = path.parent / _get(module, "base", str, path)
+    fixed = parse_overrides(overrides)
+    base = load_experiment(base_path).with_values(fixed, "command line")
+    searched = _get(module, "param_space", dict, path)
+    searched = {key: value for key, value in searched.items() if key not in fixed}
+    objectives = _objectives(_get(module, "objectives", dict, path), path)
+    tune_config = module.get("tune_config", tune.TuneConfig())
+    if not isinstance(tune_config, tune.TuneConfig):
+        raise ConfigError(f"{path}: tune_config must be a ray.tune.TuneConfig")
+    _check_keys(base, searched, path)
+    if all(map(_is_constant, searched.values())):
+        raise ConfigError(f"{path}: param_space varies nothing; use tune.grid_search or a sampler")
+    trials = None
+    if tune_config.search_alg is None:
+        trials = _resolve(searched, tune_config, base.seed)[:max_trials]
+    elif max_trials is not None:
+        samples = min(max_trials, tune_config.num_samples)
+        tune_config = replace(tune_config, num_samples=samples)
+    parts = [path.read_text(), base.model_dump_json(), *overrides, str(max_trials)]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+    space = SearchSpace(
+        f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials
+    )
+    space.experiments()
+    return space
+
+
+def _get(module: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+    if not isinstance(module.get(name), kind):
+        raise ConfigError(f"{path}: must define '{name}', a {kind.__name__}")
+    return module[name]
+
+
+def _objectives(objectives: dict[str, Any], path: Path) -> dict[str, Direction]:
+    for metric, direction in objectives.items():
+        if direction not in ("max", "min"):
+            raise ConfigError(f"{path}: objectives: {metric}: allowed: 'max', 'min'")
+    return objectives
+
+
+def _check_keys(base: Experiment, searched: dict[str, Any], path: Path) -> None:
+    """Refuse unknown keys, also where a searcher draws the values later."""
+    for key in searched:
+        node: Any = base
+        for part in key.split("."):
+            node = getattr(node, part, None) if part in type(node).model_fields else _UNKNOWN
+            if node is _UNKNOWN:
+                base.with_values({key: None}, str(path))
+
+
+_UNKNOWN = object()
+
+
+def _is_constant(value: Any) -> bool:
+    return not isinstance(value, dict | Domain)
+
+
+def _resolve(
+    searched: dict[str, Any], tune_config: tune.TuneConfig, seed: int
+) -> list[dict[str, Any]]:
+    random = np.random.RandomState(seed % 2**32)
+    return [
+        {key: spec["config"][key] for key in searched}
+        for _ in range(tune_config.num_samples)
+        for _, spec in generate_variants({"config": searched}, random_state=random)
+    ]

@@ -1,0 +1,69 @@
+"""A run's numbers by name, flat, as Tune and MLflow take them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlpp_ray.federation.records import EVALUATED, RoundRecord
+from fedlpp_ray.messages import total_bytes
+
+PROTECTION = "protection"
+"""NaN where it is undefined."""
+TOTAL_BYTES = "bytes/total"
+ROUND = "round"
+_NOT_MEASURED = ("examples",)
+
+
+def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
+    """Numbers of the last round, and the bytes moved up to it.
+
+    Names are `server/accuracy`, `client_before/loss`, `bytes/down`, `seconds/train` and so on;
+    MLflow shows each prefix as a section of its own.
+    """
+    record = history[-1]
+    metrics: dict[str, float] = {ROUND: record.round}
+    if record.evaluation is not None:
+        for model in EVALUATED:
+            metrics |= _prefixed(model, getattr(record.evaluation, model))
+    metrics["train/loss"] = sum(record.loss) / len(record.loss)
+    totals = total_bytes(transfer for past in history for transfer in past.ledger)
+    metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
+    return metrics | _prefixed("seconds", record.seconds)
+
+
+def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a finished run, from its result (`fedlpp_ray.federation.results`).
+
+    Those of the last round, the floor, protection, and the strongest utility of a client.
+    """
+    last = outcome["history"][-1]
+    metrics: dict[str, float] = {ROUND: last["round"]}
+    for model in EVALUATED:
+        metrics |= _prefixed(model, last[model])
+    for name in ("base", "local_only"):
+        metrics |= _prefixed(f"floor_{name}", outcome["floor"][name])
+    totals = {way: sum(r["bytes"][way] for r in outcome["history"]) for way in ("down", "up")}
+    metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
+    protection = outcome[PROTECTION]
+    metrics["strongest_client"] = protection["strongest"][1]
+    metrics["floor"] = protection["floor"][1]
+    metrics[PROTECTION] = math.nan if protection["value"] is None else protection["value"]
+    metrics["seconds/run"] = sum(r["seconds"]["total"] for r in outcome["history"])
+    return metrics
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{key}": x for key, x in values.items() if key not in _NOT_MEASURED}
+
+
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted keys: `{"lora": {"rank": 4}}` to `{"lora.rank": 4}`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,52 @@
+"""Progress on the terminal: a bar for a person, a line a round for a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedlpp_ray.federation.records import EVALUATED, RoundRecord
+from fedlpp_ray.tasks import UTILITY
+
+
+def show_rounds(records: Iterable[RoundRecord], total: int, console: Console) -> Iterator[RoundRecord]:
+    """Pass the rounds on while showing them."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=total)
+        for record in records:
+            progress.update(bar, completed=record.round, description="")
+            console.print(round_line(record, total), highlight=False)
+            yield record
+
+
+def round_line(record: RoundRecord, total: int) -> str:
+    """One line on one round."""
+    sent = sum(transfer.down for transfer in record.ledger)
+    received = sum(transfer.up for transfer in record.ledger)
+    parts = [f"round {record.round:>{len(str(total))}}/{total}"]
+    if record.evaluation is not None:
+        parts += [
+            f"{model} {getattr(record.evaluation, model)[UTILITY]:.3f}" for model in EVALUATED
+        ]
+    parts.append(f"down {sent / 1e3:.0f} kB  up {received / 1e3:.0f} kB")
+    parts.append(f"{record.seconds['total']:.1f} s")
+    return "  ".join(parts)
+
+
+def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """A finished run in words: the floor, the strongest client, and protection."""
+    floor, protection = outcome["floor"], outcome["protection"]
+    strongest, utility = protection["strongest"]
+    value = protection["value"]
+    return [
+        f"floor     base {floor['base'][UTILITY]:.3f}  "
+        f"local-only {floor['local_only'][UTILITY]:.3f} (client {floor['client']}, "
+        f"{floor['examples']} examples)",
+        f"strongest client model  {utility:.3f} ({strongest})  server {protection['server']:.3f}",
+        "protection  "
+        + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
+    ]

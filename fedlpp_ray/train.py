@@ -1,0 +1,91 @@
+"""One federated run: `python -m fedlpp_ray.train configs/trec_minilm.yaml lora.rank=4`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedlpp_ray.command_line import run_command
+from fedlpp_ray.config import ConfigError, Experiment, load_experiment
+
+DEFAULT = "configs/trec_minilm.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_intermixed_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    return run_command(lambda: _train(options, console), console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedlpp_ray.train",
+        description="One federated LoRA run: rounds of quantized broadcast, local training and "
+        "aggregation; then the floor and the protection.",
+    )
+    parser.add_argument("config", nargs="?", default=DEFAULT, help=f"YAML; default {DEFAULT}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. lora.rank=4")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="save the server's adapter")
+    parser.add_argument("--in-process", action="store_true", help="one process, without Ray")
+    return parser
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    experiment = load_experiment(options.config, options.overrides)
+    for path in (options.json, options.adapter):
+        _check_writable(path)
+    console.print(f"{options.config}: preparing ...", highlight=False)
+    # These take seconds to import; a wrong configuration is refused before.
+    from fedlpp_ray.federation import Federation, checkpoint, preflight
+    from fedlpp_ray.federation.results import result
+    from fedlpp_ray.tracking.progress import protection_lines, show_rounds
+
+    preflight.check([experiment])
+    with _backend(experiment, in_process=options.in_process) as backend:
+        federation = Federation(experiment, backend)
+        for _ in show_rounds(federation.run(), experiment.federation.rounds, console):
+            pass
+        outcome = result(experiment, federation.history, backend.measure_floor())
+        if options.adapter:
+            checkpoint.write_adapter(backend.adapter(), options.adapter)
+    if options.json:
+        options.json.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    for line in protection_lines(outcome):
+        console.print(line, highlight=False)
+    return 0
+
+
+@contextmanager
+def _backend(experiment: Experiment, *, in_process: bool) -> Iterator[Any]:
+    if in_process:
+        from fedlpp_ray.federation.in_process import InProcess
+
+        yield InProcess(experiment)
+        return
+    from fedlpp_ray.runtime import RayBackend, connect, reserve
+
+    with (
+        connect(),
+        reserve(experiment) as group,
+        closing(RayBackend(experiment, group)) as backend,
+    ):
+        yield backend
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuse an output that could not be written, before anything is computed."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.resolve().parent} does not exist")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""A search over federated runs: `python -m fedlpp_ray.tune search_spaces/rank_bits.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fedlpp_ray.command_line import run_command
+
+if TYPE_CHECKING:
+    from fedlpp_ray.runtime.space import SearchSpace
+    from fedlpp_ray.runtime.sweep import TrialOutcome
+    from fedlpp_ray.tracking.mlflow_runs import Tracker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 if no trial finished."""
+    options = _parser().parse_intermixed_args(arguments)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    return run_command(lambda: _tune(options, console), console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedlpp_ray.tune",
+        description="Search over federated runs with Ray Tune, logged to MLflow. The same command "
+        "with the same storage goes on where an interrupted sweep ended.",
+    )
+    parser.add_argument("space", help="Python file that names base, param_space and objectives")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. lora.rank=4")
+    parser.add_argument("--max-trials", type=int, metavar="N", help="run only the first N")
+    parser.add_argument("--storage", default="results", metavar="DIR", help="folder or s3://...")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow; default: SQLite in DIR")
+    return parser
+
+
+def _tune(options: argparse.Namespace, console: Console) -> int:
+    # These take seconds to import; --help and usage errors do not wait for them.
+    from fedlpp_ray.federation import preflight
+    from fedlpp_ray.runtime import connect
+    from fedlpp_ray.runtime.callbacks import MlflowCallback, ProgressCallback
+    from fedlpp_ray.runtime.space import load_space
+    from fedlpp_ray.runtime.sweep import run_sweep
+    from fedlpp_ray.tracking.mlflow_runs import Tracker, default_uri
+
+    space = load_space(options.space, options.overrides, options.max_trials)
+    remote = "://" in options.storage
+    local = Path("results" if remote else options.storage).resolve()
+    preflight.check(space.experiments())
+    uri = options.tracking_uri or default_uri(local)
+    tracker = Tracker(uri, space.name, local / "mlartifacts")
+    console.print(f"{space.name}: {space.total} trials, storage {options.storage}")
+    progress = ProgressCallback(space.total, space.keys)
+    log = MlflowCallback(uri, space.name, space.base, local / "mlartifacts")
+    with connect():
+        storage = options.storage if remote else str(local)
+        outcomes = run_sweep(space, storage, [log, progress])
+    _show(space, outcomes, local / space.name, tracker, console)
+    return 0 if any(outcome.result for outcome in outcomes) else 1
+
+
+def _show(
+    space: SearchSpace,
+    outcomes: list[TrialOutcome],
+    folder: Path,
+    tracker: Tracker,
+    console: Console,
+) -> None:
+    from fedlpp_ray import report
+    from fedlpp_ray.tracking.mlflow_runs import SWEEP_TAG, TRIAL_TAG
+
+    folder.mkdir(parents=True, exist_ok=True)
+    table = report.summarize(outcomes, space.keys, space.objectives)
+    table.to_csv(folder / "sweep.csv", index=False)
+    Console(width=160).print(report.console_table(table, space.keys))
+    console.print(f"* not dominated in: {', '.join(space.objectives)}")
+    for outcome in outcomes:
+        if outcome.error:
+            console.print(f"trial {outcome.trial} failed: {outcome.error}", markup=False)
+    if any(outcome.result for outcome in outcomes):
+        report.save_plot(table, space.keys, folder / "sweep.png")
+        console.print(f"plot   {folder / 'sweep.png'}")
+    console.print(f"table  {folder / 'sweep.csv'}")
+    tags = [{SWEEP_TAG: space.name, TRIAL_TAG: outcome.trial} for outcome in outcomes]
+    runs = [run for run in map(tracker.find, tags) if run]
+    if tracker.ui_command:
+        console.print(f"MLflow {tracker.ui_command}")
+    console.print(f"charts   {tracker.charts_link()}")
+    console.print(f"compare  {tracker.compare_link(runs)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
