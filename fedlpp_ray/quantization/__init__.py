@@ -1,0 +1,26 @@
+"""Blockwise quantization of tensors to 1.6-8 bits a weight: codebooks, rounding, exact packing.
+
+    quantizer = Quantizer(bits=4, kind="nf", block=64, scale="fp16")
+    received = quantizer.quantize(weights)         # packed; received.tensors() is what to send
+    weights_again = received.dequantize()
+
+Every result is the same whatever the number of threads. This package needs torch alone.
+"""
+
+from fedlpp_ray.quantization.blockwise import QuantizedTensor, Quantizer, Rounding
+from fedlpp_ray.quantization.codebooks import Bits, Kind, codebook
+from fedlpp_ray.quantization.packing import pack, packed_bytes, unpack
+from fedlpp_ray.quantization.scales import Scale
+
+__all__ = [
+    "Bits",
+    "Kind",
+    "QuantizedTensor",
+    "Quantizer",
+    "Rounding",
+    "Scale",
+    "codebook",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]
