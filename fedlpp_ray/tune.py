@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tune(options: argparse.Namespace, console: Console) -> int:
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # or Tune prints its own summary whatever we ask for
+    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
     # These take seconds to import; --help and usage errors do not wait for them.
     from fedlpp_ray.federation import preflight
     from fedlpp_ray.runtime import connect

@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """A hub name, a local folder, or pkg://PACKAGE/FOLDER inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    sha256: str | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
     """Expected SHA-256 of a local folder's model.safetensors; another file is refused."""
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
+# Importing PEFT imports bitsandbytes, which says that it lacks a kernel that is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import peft
 from torch import nn
 
 from fedlpp_ray.config import LoraConfig
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.seeds import global_seed
+
+
+class LoraError(UserError):
+    """The adapter does not fit the model."""
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
@@ -20,8 +31,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
         seed: A's initial values depend on it alone.
 
     Raises:
-        ValueError: `config.targets` match no module, or PEFT knows no default for this
-            architecture (from PEFT, naming the targets).
+        LoraError: `config.targets` match no module, or are None and PEFT knows no default for
+            this architecture.
     """
     lora = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
@@ -30,5 +41,19 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
         lora_dropout=config.dropout,
         target_modules=None if config.targets is None else list(config.targets),
     )
-    with global_seed(seed, "lora"):
-        return peft.get_peft_model(model, lora)
+    try:
+        with global_seed(seed, "lora"), warnings.catch_warnings():
+            # PEFT reads a property of transformers that the next release renames.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            return peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise LoraError(
+            f"lora.targets = {lora.target_modules and sorted(lora.target_modules)}: {error} "
+            f"This model's linear layers: {', '.join(_linear_names(model))}"
+        ) from error
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the linear layers, each once."""
+    names = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))

@@ -1,7 +1,16 @@
 """Pretrained models, and the client's base: full precision, packed, or bitsandbytes."""
 
-from fedlpp_ray.models.base import quantize_base
-from fedlpp_ray.models.loading import load_classifier, load_tokenizer
+from fedlpp_ray.models.base import check_base, quantize_base
+from fedlpp_ray.models.bnb import BaseFormatError
+from fedlpp_ray.models.loading import load_classifier, load_outline, load_tokenizer
 from fedlpp_ray.models.packed import PackedLinear
 
-__all__ = ["PackedLinear", "load_classifier", "load_tokenizer", "quantize_base"]
+__all__ = [
+    "BaseFormatError",
+    "PackedLinear",
+    "check_base",
+    "load_classifier",
+    "load_outline",
+    "load_tokenizer",
+    "quantize_base",
+]

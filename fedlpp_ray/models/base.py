@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
+from fedlpp_ray.models import bnb
 from fedlpp_ray.models.packed import PackedLinear
 from fedlpp_ray.quantization import Quantizer
 
 HEADS = ("classifier", "score", "lm_head")
 """Output layers. They are trained or tied to the embedding, so they stay in full precision."""
+
+
+def check_base(model: nn.Module, config: ClientConfig) -> None:
+    """Refuse a format that cannot store this model; its weights are not needed.
+
+    Raises:
+        BaseFormatError: bitsandbytes is not installed, or cannot store a layer of this width.
+    """
+    if config.base_bits != FULL_PRECISION and config.base_format == "bitsandbytes":
+        bnb.check(_linears(model), config.base_bits)
 
 
 def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
@@ -24,31 +33,29 @@ def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
         config: `base_bits` and the keys beside it. 32 bits changes nothing.
 
     Raises:
-        ValueError: bitsandbytes cannot store a layer of this width; the message names it.
-        ImportError: bitsandbytes is asked for and not installed.
+        BaseFormatError: as `check_base`.
     """
+    check_base(model, config)
     if config.base_bits == FULL_PRECISION:
         return model
     if config.base_format == "bitsandbytes":
-        from fedlpp_ray.models import bnb
-
-        bnb.check_widths(dict(_linears(model)), config)
-        for name, linear in _linears(model):
-            model.set_submodule(name, bnb.quantize_linear(linear, config))
-        return bnb.mark_quantized(model, config)
-    quantizer = Quantizer(
-        config.base_bits, config.base_kind, config.base_block, config.base_scale
-    )
-    for name, linear in _linears(model):
+        for name, linear in _linears(model).items():
+            model.set_submodule(name, bnb.quantize_linear(linear, config.base_bits))
+        return bnb.mark_quantized(model, config.base_bits)
+    quantizer = Quantizer(config.base_bits, config.base_kind, config.base_block, config.base_scale)
+    for name, linear in _linears(model).items():
         if config.dequantize_at_load:
-            dense = quantizer.quantize(linear.weight.detach()).dequantize()
+            dense = quantizer.quantize(linear.weight).dequantize()
             linear.weight = nn.Parameter(dense, requires_grad=False)
         else:
             model.set_submodule(name, PackedLinear(linear, quantizer))
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not set(name.split(".")) & set(HEADS):
-            yield name, module
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The backbone's linear layers by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not set(name.split(".")) & set(HEADS)
+    }

@@ -7,35 +7,43 @@ It also dequantizes wrongly, without an error, where a row is not a whole number
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from fedlpp_ray.config import ClientConfig
+from fedlpp_ray.errors import UserError
 
 BLOCK = 64
 
 
-def check_widths(linears: dict[str, nn.Linear], config: ClientConfig) -> None:
-    """Refuse widths that bitsandbytes' 4-bit CPU code dequantizes wrongly.
+class BaseFormatError(UserError):
+    """The model cannot be stored in this format."""
+
+
+def check(linears: Mapping[str, nn.Linear], bits: int) -> None:
+    """Refuse a missing bitsandbytes, and widths that its 4-bit CPU code dequantizes wrongly.
 
     Raises:
-        ValueError: an input width is not a multiple of the block; all such layers are named.
+        BaseFormatError: naming the package, or every layer whose input width is not a multiple of
+            the block.
     """
-    if config.base_bits != 4:
-        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BaseFormatError(
+            "client.base_format 'bitsandbytes' needs: pip install 'fedlpp_ray[bitsandbytes]'"
+        )
     odd = [f"{name} ({x.in_features})" for name, x in linears.items() if x.in_features % BLOCK]
-    if odd:
-        raise ValueError(
+    if bits == 4 and odd:
+        raise BaseFormatError(
             f"client.base_format 'bitsandbytes' at 4 bits needs input widths that are multiples of "
             f"{BLOCK}; these layers are not: {', '.join(odd)}. 'packed' takes any width"
         )
 
 
-def quantize_linear(linear: nn.Linear, config: ClientConfig) -> nn.Module:
+def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
     """The layer as bitsandbytes' nf4 (4 bits) or int8 (8 bits), on the layer's device."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from bitsandbytes import nn as bnb
 
@@ -43,13 +51,13 @@ def quantize_linear(linear: nn.Linear, config: ClientConfig) -> nn.Module:
     has_bias = linear.bias is not None
     weight = linear.weight.detach().clone()
     quantized: nn.Module
-    if config.base_bits == 4:
+    if bits == 4:
         quantized = bnb.Linear4bit(*shape, bias=has_bias, compute_dtype=torch.float32)
         quantized.weight = bnb.Params4bit(
             weight, requires_grad=False, quant_type="nf4", blocksize=BLOCK
         )
-        # The trap above: never take the inference-only kernel.
-        quantized.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # The first trap: never take the inference-only kernel.
+        quantized.support_avx512bf16_for_cpu = False
     else:
         quantized = bnb.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False)
         quantized.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
@@ -57,8 +65,8 @@ def quantize_linear(linear: nn.Linear, config: ClientConfig) -> nn.Module:
     return quantized.to(linear.weight.device)
 
 
-def mark_quantized(model: nn.Module, config: ClientConfig) -> nn.Module:
+def mark_quantized(model: nn.Module, bits: int) -> nn.Module:
     """Set the flag by which PEFT chooses its bitsandbytes LoRA layers."""
-    flag = "is_loaded_in_4bit" if config.base_bits == 4 else "is_loaded_in_8bit"
+    flag = "is_loaded_in_4bit" if bits == 4 else "is_loaded_in_8bit"
     setattr(model, flag, True)
     return model

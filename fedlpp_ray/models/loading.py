@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from fedlpp_ray.assets import check_sha256, locate
+from fedlpp_ray.assets import AssetError, check_sha256, locate
 from fedlpp_ray.config import ModelConfig
 from fedlpp_ray.seeds import global_seed
-
-
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    path = locate(config.name)
-    if path is None:
-        return config.name, {"revision": config.revision}
-    if config.sha256 is not None:
-        check_sha256(Path(path) / "model.safetensors", config.sha256)
-    return str(path), {}
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer.
 
     Raises:
-        AssetError: a local model is missing or is not the expected one.
-        OSError: the hub does not know the name or cannot be reached (from transformers).
+        AssetError: the model is missing, is not the expected one, or the hub cannot be reached.
     """
-    name, options = _source(config)
-    return AutoTokenizer.from_pretrained(name, **options)
+    with _reading(config) as (name, options):
+        return AutoTokenizer.from_pretrained(name, **options)
 
 
 def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn.Module:
@@ -41,10 +32,9 @@ def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn
     has the same ones.
 
     Raises:
-        AssetError, OSError: as `load_tokenizer`.
+        AssetError: as `load_tokenizer`.
     """
-    name, options = _source(config)
-    with _quiet(), global_seed(seed, "model"):
+    with _reading(config) as (name, options), _quiet(), global_seed(seed, "model"):
         model = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=num_labels, dtype=torch.float32, **options
         )
@@ -52,14 +42,39 @@ def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn
     return model.eval()  # type: ignore[no-any-return]
 
 
-class _quiet:  # noqa: N801
+def load_outline(config: ModelConfig, num_labels: int) -> torch.nn.Module:
+    """The same model without weights, on the meta device: enough to check what fits it.
+
+    Raises:
+        AssetError: as `load_tokenizer`.
+    """
+    with _reading(config) as (name, options):
+        outline = AutoConfig.from_pretrained(name, num_labels=num_labels, **options)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(outline)
+    return model.requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where to load from and with which options; checks the file and names a failure."""
+    path = locate(config.name)
+    if path is not None and config.sha256 is not None:
+        check_sha256(path / "model.safetensors", config.sha256)
+    try:
+        yield (str(path), {}) if path else (config.name, {"revision": config.revision})
+    except (OSError, ValueError) as error:
+        raise AssetError(f"model.name = '{config.name}': {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     """No progress bar and no report of the new head's missing weights: they are expected."""
-
-    def __enter__(self) -> None:
-        self._verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        logging.set_verbosity(self._verbosity)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -1,0 +1,74 @@
+"""A tiny BERT and a tiny labelled text, made from nothing: what most tests run on.
+
+`python -m tests.tiny FOLDER` writes them where a person can look at them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+TOPICS = {
+    "animal": ["cat", "dog", "cow", "horse", "sheep"],
+    "place": ["city", "river", "hill", "coast", "valley"],
+    "number": ["one", "two", "seven", "many", "few"],
+}
+COMMON = ["the", "a", "of", "is", "what", "how", "where", "and", "with", "near"]
+
+
+def make_model(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
+    """A random-init BERT of two layers with its tokenizer, as a Hugging Face folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COMMON, *sum(TOPICS.values(), [])]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=32,
+    )
+    BertForSequenceClassification(config).base_model.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of a few words, one or two of which tell the label."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = rng.choice(list(TOPICS))
+        words = rng.choices(COMMON, k=rng.randint(2, 6)) + rng.choices(TOPICS[label], k=2)
+        rng.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Rows as a CSV file with a header."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_json_lines(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Rows as one JSON object a line."""
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    make_model(target / "model")
+    write_csv(target / "data.csv", make_rows(400))
