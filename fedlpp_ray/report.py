@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from fedlpp_ray.federation import RoundRecord
 from fedlpp_ray.runtime.sweep import TrialOutcome
-from fedlpp_ray.tracking.metrics import final_metrics
+from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 BEST = "non_dominated"
 _COLUMNS = {
@@ -38,7 +39,9 @@ def summarize(
     for outcome in outcomes:
         row: dict[str, Any] = {"trial": outcome.trial}
         row |= {key: outcome.config[key] for key in keys}
-        row |= final_metrics(outcome.result) if outcome.result else {}
+        if outcome.result:
+            history = [RoundRecord.from_dict(record) for record in outcome.result["history"]]
+            row |= round_metrics(history) | final_metrics(outcome.result)
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)
     for metric in objectives:

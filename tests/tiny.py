@@ -24,7 +24,8 @@ COMMON = ["the", "a", "of", "is", "what", "how", "where", "and", "with", "near"]
 
 def make_model(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
     """A random-init BERT of two layers with its tokenizer, as a Hugging Face folder."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COMMON, *sum(TOPICS.values(), [])]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COMMON]
+    words += [word for topic in TOPICS.values() for word in topic]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fedlpp_ray.lora import State
+from fedlpp_ray.state import State
 
 
 def weights(examples: Sequence[int], weighting: Literal["examples", "uniform"]) -> list[float]:
@@ -32,6 +32,6 @@ def weighted_mean(returns: Sequence[State], weights: Sequence[float]) -> State:
         name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in returns[0].items()
     }
     for state, weight in zip(returns, weights, strict=True):
-        for name, total in mean.items():
-            total.add_(state[name].double(), alpha=weight)
+        for name in mean:
+            mean[name] += weight * state[name].double()
     return mean

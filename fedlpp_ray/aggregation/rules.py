@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fedlpp_ray.lora import State
+from fedlpp_ray.state import State
 
 ServerRule = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(S, D, K - D, learning rate) to the next S: one tensor at a time, float64."""

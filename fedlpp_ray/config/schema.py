@@ -137,10 +137,12 @@ class ClientConfig(Section):
                     "client.dequantize_at_load needs client.base_format 'packed', "
                     "not 'bitsandbytes'"
                 )
-            if (self.base_kind, self.base_block, self.base_scale) != ("nf", 64, "fp32"):
+            scales = ("fp32", "double") if self.base_bits == 4 else ("fp32",)
+            if (self.base_kind, self.base_block) != ("nf", 64) or self.base_scale not in scales:
                 raise ValueError(
-                    "client.base_kind, base_block and base_scale belong to client.base_format "
-                    "'packed'; with 'bitsandbytes' leave them at nf, 64, fp32"
+                    f"client.base_format 'bitsandbytes' at {self.base_bits} bits has only "
+                    "client.base_kind 'nf', client.base_block 64 and client.base_scale "
+                    f"{' or '.join(map(repr, scales))}; 'packed' has all"
                 )
         return self
 

@@ -1,16 +1,10 @@
-"""The round loop and its parties. No Ray: `fedlpp_ray.runtime` puts the same parties in actors."""
+"""The round loop and its parties. No Ray: `fedlpp_ray.runtime` puts the same parties in actors.
 
-from fedlpp_ray.federation.client import ClientHost, ClientUpdate
+Start reading at `loop.py`. The parties (`server.py`, `client.py`) import the model libraries, which
+takes seconds, so they are imported only where they run.
+"""
+
 from fedlpp_ray.federation.loop import Backend, Federation
-from fedlpp_ray.federation.records import Evaluation, RoundRecord
-from fedlpp_ray.federation.server import Server
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, RoundRecord
 
-__all__ = [
-    "Backend",
-    "ClientHost",
-    "ClientUpdate",
-    "Evaluation",
-    "Federation",
-    "RoundRecord",
-    "Server",
-]
+__all__ = ["Backend", "ClientUpdate", "Evaluation", "Federation", "Floor", "RoundRecord"]

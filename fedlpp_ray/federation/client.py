@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
-from fedlpp_ray.federation.records import Floor
-from fedlpp_ray.federation.wire import UPLINK, downlink_codec, schema_of
-from fedlpp_ray.lora import State, add_lora, read_state, write_state
+from fedlpp_ray.federation.records import ClientUpdate, Floor
+from fedlpp_ray.federation.wire import UPLINK, downlink_codec
+from fedlpp_ray.lora import add_lora, read_state, write_state
 from fedlpp_ray.messages import Envelope, decode, encode
 from fedlpp_ray.models import load_classifier, quantize_base
 from fedlpp_ray.seeds import derive
+from fedlpp_ray.state import State, schema_of
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import configure_torch, evaluate, train_locally
-
-
-@dataclass(frozen=True)
-class ClientUpdate:
-    """What one client returns from one round.
-
-    Attributes:
-        client: Which client.
-        payload: The encoded update a_i - D.
-        loss: Mean training loss, nats.
-        seconds: Time the client computed, decoding and encoding included.
-        host: Which host it ran on.
-    """
-
-    client: int
-    payload: bytes
-    loss: float
-    seconds: float
-    host: int
 
 
 class ClientHost:

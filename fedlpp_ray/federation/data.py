@@ -34,14 +34,15 @@ class FederatedText:
         self.held_out: list[Batch] = evaluation_batches(
             encode(task.held_out, tokenizer, length), self.pad, experiment.evaluation.batch_size
         )
-        self._encode = lambda examples: encode(examples, tokenizer, length)
+        self._tokenizer, self._length = tokenizer, length
         self._train = task.train
         self._clients: dict[int, Encoded] = {}
 
     def client(self, client: int) -> Encoded:
         """A client's examples, tokenized when it is first sampled."""
         if client not in self._clients:
-            self._clients[client] = self._encode(self._train.take(self._parts[client].tolist()))
+            examples = self._train.take(self._parts[client].tolist())
+            self._clients[client] = encode(examples, self._tokenizer, self._length)
         return self._clients[client]
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.client import ClientHost, ClientUpdate
-from fedlpp_ray.federation.records import Evaluation, Floor
+from fedlpp_ray.federation.client import ClientHost
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation
 from fedlpp_ray.federation.server import Server
 
 

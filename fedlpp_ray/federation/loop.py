@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.client import ClientUpdate
-from fedlpp_ray.federation.records import Evaluation, Floor, RoundRecord
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, RoundRecord
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.messages import Transfer
 

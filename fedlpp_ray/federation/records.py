@@ -10,6 +10,25 @@ from fedlpp_ray.tasks import Metrics
 
 
 @dataclass(frozen=True)
+class ClientUpdate:
+    """What one client returns from one round.
+
+    Attributes:
+        client: Which client.
+        payload: The encoded update a_i - D.
+        loss: Mean training loss, nats.
+        seconds: Time the client computed, decoding and encoding included.
+        host: Which host it ran on.
+    """
+
+    client: int
+    payload: bytes
+    loss: float
+    seconds: float
+    host: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One state S of the server, measured three ways on held-out data.
 

@@ -10,13 +10,14 @@ import safetensors.torch
 
 from fedlpp_ray.aggregation import apply_rule, weighted_mean, weights
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.client import ClientUpdate
 from fedlpp_ray.federation.data import FederatedText
-from fedlpp_ray.federation.wire import UPLINK, downlink_codec, schema_of
-from fedlpp_ray.lora import State, add_lora, read_state, state_digest, write_state
+from fedlpp_ray.federation.records import ClientUpdate
+from fedlpp_ray.federation.wire import UPLINK, downlink_codec
+from fedlpp_ray.lora import add_lora, read_state, write_state
 from fedlpp_ray.messages import Envelope, decode, encode
 from fedlpp_ray.models import load_classifier
 from fedlpp_ray.seeds import generator
+from fedlpp_ray.state import State, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import configure_torch, evaluate
 

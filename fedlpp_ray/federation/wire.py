@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig
-from fedlpp_ray.lora import State, is_head
-from fedlpp_ray.messages import Codec, Schema
+from fedlpp_ray.messages import Codec
 from fedlpp_ray.quantization import Quantizer
+from fedlpp_ray.state import Schema, is_head
 
 UPLINK = Codec(None)
 """Updates travel in fp32."""
-
-
-def schema_of(state: State) -> Schema:
-    """Names and shapes of everything that travels."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:

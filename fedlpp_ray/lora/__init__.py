@@ -1,6 +1,11 @@
 """LoRA through PEFT: injecting it, and reading and writing its state."""
 
-from fedlpp_ray.lora.inject import add_lora
-from fedlpp_ray.lora.state import State, is_head, read_state, state_digest, write_state
+import logging
 
-__all__ = ["State", "add_lora", "is_head", "read_state", "state_digest", "write_state"]
+# Importing PEFT imports bitsandbytes, which says that it lacks a kernel that is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from fedlpp_ray.lora.inject import LoraError, add_lora
+from fedlpp_ray.lora.state import read_state, write_state
+
+__all__ = ["LoraError", "add_lora", "read_state", "write_state"]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-
-# Importing PEFT imports bitsandbytes, which says that it lacks a kernel that is not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import peft
 from torch import nn

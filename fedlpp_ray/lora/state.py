@@ -1,15 +1,11 @@
-"""The trainable state of a model: what travels between server and clients."""
+"""Reading and writing the trainable state of a model."""
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-State = dict[str, Tensor]
-"""Trainable tensors by name, fp32 on the CPU: per adapted layer A (r, d_in) and B (d_out, r), and
-the classification head. The names are those of PEFT's adapter files, in sorted order."""
+from fedlpp_ray.state import State
 
 ADAPTER = "default"
 
@@ -22,11 +18,6 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         if parameter.requires_grad
     }
     return dict(sorted(named.items()))
-
-
-def is_head(name: str) -> bool:
-    """Whether a state's tensor belongs to the classification head rather than to an adapter."""
-    return ".lora_" not in name
 
 
 def read_state(model: nn.Module) -> State:
@@ -50,12 +41,3 @@ def write_state(model: nn.Module, state: State) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
-
-
-def state_digest(state: State) -> str:
-    """SHA-256 over names and bits: two runs with equal digests hold exactly the same state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedlpp_ray.lora import State
 from fedlpp_ray.messages.checks import (
     MessageError,
     Parts,
@@ -30,10 +29,9 @@ from fedlpp_ray.messages.checks import (
     read_header,
 )
 from fedlpp_ray.quantization import QuantizedTensor, Quantizer
+from fedlpp_ray.state import Schema, State, schema_of
 
 FORMAT_VERSION = 1
-Schema = Mapping[str, tuple[int, ...]]
-"""Names and shapes of a state's tensors, in sorted order."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def encode(
         else:
             for part, values in quantizer.quantize(tensor, generator).tensors().items():
                 parts[f"{name}:{part}"] = values
-    schema = {name: tuple(tensor.shape) for name, tensor in sorted(state.items())}
-    return safetensors.torch.save(parts, {"fedlpp": _header(envelope, schema, codec)})
+    return safetensors.torch.save(parts, {"fedlpp": _header(envelope, schema_of(state), codec)})
 
 
 def decode(

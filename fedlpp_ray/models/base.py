@@ -39,8 +39,10 @@ def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
     if config.base_bits == FULL_PRECISION:
         return model
     if config.base_format == "bitsandbytes":
+        double = config.base_scale == "double"
         for name, linear in _linears(model).items():
-            model.set_submodule(name, bnb.quantize_linear(linear, config.base_bits))
+            quantized = bnb.quantize_linear(linear, config.base_bits, double=double)
+            model.set_submodule(name, quantized)
         return bnb.mark_quantized(model, config.base_bits)
     quantizer = Quantizer(config.base_bits, config.base_kind, config.base_block, config.base_scale)
     for name, linear in _linears(model).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,19 +43,29 @@ def check(linears: Mapping[str, nn.Linear], bits: int) -> None:
         )
 
 
-def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
-    """The layer as bitsandbytes' nf4 (4 bits) or int8 (8 bits), on the layer's device."""
+def quantize_linear(linear: nn.Linear, bits: int, *, double: bool) -> nn.Module:
+    """The layer as bitsandbytes' nf4 (4 bits) or int8 (8 bits), on the layer's device.
+
+    Args:
+        linear: The layer; it is not changed.
+        bits: 4 or 8.
+        double: Whether nf4's scales are quantized too.
+    """
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from bitsandbytes import nn as bnb
 
     shape = (linear.in_features, linear.out_features)
     has_bias = linear.bias is not None
     weight = linear.weight.detach().clone()
-    quantized: nn.Module
+    quantized: Any
     if bits == 4:
         quantized = bnb.Linear4bit(*shape, bias=has_bias, compute_dtype=torch.float32)
         quantized.weight = bnb.Params4bit(
-            weight, requires_grad=False, quant_type="nf4", blocksize=BLOCK
+            weight,
+            requires_grad=False,
+            quant_type="nf4",
+            blocksize=BLOCK,
+            compress_statistics=double,
         )
         # The first trap: never take the inference-only kernel.
         quantized.support_avx512bf16_for_cpu = False
@@ -62,7 +73,7 @@ def quantize_linear(linear: nn.Linear, bits: int) -> nn.Module:
         quantized = bnb.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False)
         quantized.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     quantized.bias = linear.bias
-    return quantized.to(linear.weight.device)
+    return quantized.to(linear.weight.device)  # type: ignore[no-any-return]
 
 
 def mark_quantized(model: nn.Module, bits: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,35 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.client import ClientHost, ClientUpdate
-from fedlpp_ray.federation.records import Evaluation, Floor
-from fedlpp_ray.federation.server import Server
-from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_actors
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor
+from fedlpp_ray.runtime.placement import (
+    SERVER_BUNDLE,
+    Bundle,
+    PlacementError,
+    bundles,
+    client_actors,
+)
+
+
+class Party:
+    """A server or a client host in a process of its own, imported only there.
+
+    Args:
+        name: `module:class` of the party.
+        arguments: The party's own.
+    """
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        module, _, kind = name.partition(":")
+        self._party = getattr(importlib.import_module(module), kind)(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the party."""
+        return getattr(self._party, method)(*arguments)
+
+
+SERVER = "fedlpp_ray.federation.server:Server"
+CLIENT_HOST = "fedlpp_ray.federation.client:ClientHost"
 
 
 class RayBackend:
@@ -31,9 +57,9 @@ class RayBackend:
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
         needed = bundles(experiment)
-        self._server = _start(Server, group, SERVER_BUNDLE, needed, experiment)
+        self._server = _start(group, SERVER_BUNDLE, needed, SERVER, experiment)
         self._hosts = [
-            _start(ClientHost, group, 1 + i, needed, experiment, i)
+            _start(group, 1 + i, needed, CLIENT_HOST, experiment, i)
             for i in range(client_actors(experiment))
         ]
         self._broadcast: tuple[int, Any] = (0, None)
@@ -41,36 +67,40 @@ class RayBackend:
 
     def encode_broadcast(self, round: int) -> bytes:
         """The server's quantized state, for every client of a round."""
-        return self._ask(self._server.encode_broadcast, round)  # type: ignore[no-any-return]
+        return _get(self._server, "encode_broadcast", round)  # type: ignore[no-any-return]
 
     def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
         """One update from each client, in the order of the cohort; each actor pulls the next."""
         reference = self._put(round, broadcast)
-        pool = ActorPool(self._hosts)
-        return list(pool.map(lambda host, client: host.train.remote(round, client, reference), cohort))
+
+        def send(host: Any, client: int) -> Any:
+            return host.call.remote("train", round, client, reference)
+
+        return list(ActorPool(self._hosts).map(send, cohort))
 
     def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
         """Fold the updates into the server's next state; returns its digest."""
         reference = self._put(round, broadcast)
-        return self._ask(self._server.aggregate, round, reference, updates)  # type: ignore[no-any-return]
+        return _get(self._server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
 
     def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
         """The server's state and what a client has of it, measured at the same time."""
-        server = self._server.evaluate.remote()
-        client = self._hosts[0].evaluate.remote(round, self._put(round, broadcast))
+        reference = self._put(round, broadcast)
+        server = self._server.call.remote("evaluate")
+        client = self._hosts[0].call.remote("evaluate", round, reference)
         return Evaluation(ray.get(server), *ray.get(client))
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
-        return self._ask(self._hosts[0].measure_floor)  # type: ignore[no-any-return]
+        return _get(self._hosts[0], "measure_floor")  # type: ignore[no-any-return]
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
-        return self._ask(self._server.adapter)  # type: ignore[no-any-return]
+        return _get(self._server, "adapter")  # type: ignore[no-any-return]
 
     def restore(self, adapter: dict[str, bytes]) -> None:
         """Take back the state of an `adapter`."""
-        self._ask(self._server.restore, adapter)
+        _get(self._server, "restore", adapter)
 
     def close(self) -> None:
         """End the actors."""
@@ -82,10 +112,6 @@ class RayBackend:
         if self._broadcast[0] != round:
             self._broadcast = (round, ray.put(broadcast))
         return self._broadcast[1]
-
-    @staticmethod
-    def _ask(method: Any, *arguments: Any) -> Any:
-        return ray.get(method.remote(*arguments))
 
     def _wait_until_ready(self, timeout: float) -> None:
         actors = [self._server, *self._hosts]
@@ -103,18 +129,17 @@ class RayBackend:
             raise
 
 
-def _start(
-    party: type, group: PlacementGroup, index: int, needed: list[dict[str, float]], *args: Any
-) -> Any:
-    """One actor that takes the whole of its bundle."""
+def _start(group: PlacementGroup, index: int, needed: list[Bundle], *arguments: Any) -> Any:
+    """One party that takes the whole of its bundle."""
     resources = needed[index]
     pinned = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return (
-        ray.remote(party)
-        .options(
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=pinned,
-        )
-        .remote(*args)
+    actor = ray.remote(Party).options(
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        scheduling_strategy=pinned,
     )
+    return actor.remote(*arguments)
+
+
+def _get(actor: Any, method: str, *arguments: Any) -> Any:
+    return ray.get(actor.call.remote(method, *arguments))

@@ -112,9 +112,7 @@ class ProgressCallback(Callback):
         """Start the bar."""
         self._console = Console(stderr=True, soft_wrap=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("trials"))
-        self._bar = Progress(
-            *columns, console=self._console, disable=not self._console.is_terminal
-        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("trials", total=self._total)
         self._bar.start()
 

@@ -81,7 +81,9 @@ def _limits() -> tuple[Bundle, Bundle]:
         growth = state.get_max_resources_from_cluster_config() or {}
         total = {key: max(total.get(key, 0), growth.get(key, 0)) for key in {*total, *growth}}
         nodes += [dict(group.resources) for group in config.node_group_configs]
-    largest = {key: max(node.get(key, 0) for node in nodes) for key in {k for n in nodes for k in n}}
+    largest = {
+        key: max(node.get(key, 0) for node in nodes) for key in {k for n in nodes for k in n}
+    }
     return total, largest
 
 

@@ -1,9 +1,9 @@
 """A search space: a short Python file that names a base experiment and what to vary.
 
-    base = "../configs/trec_minilm.yaml"             # relative to the file
-    param_space = {"lora.rank": tune.grid_search([4, 16]), ...}    # dotted keys
-    objectives = {"server/accuracy": "max", ...}     # metric: "max" or "min"
-    tune_config = tune.TuneConfig(num_samples=4)     # optional: samples, searcher, scheduler
+base = "../configs/trec_minilm.yaml"             # relative to the file
+param_space = {"lora.rank": tune.grid_search([4, 16]), ...}    # dotted keys
+objectives = {"server/accuracy": "max", ...}     # metric: "max" or "min"
+tune_config = tune.TuneConfig(num_samples=4)     # optional: samples, searcher, scheduler
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def load_space(
         tune_config = replace(tune_config, num_samples=samples)
     parts = [path.read_text(), base.model_dump_json(), *overrides, str(max_trials)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-    space = SearchSpace(
-        f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials
-    )
+    space = SearchSpace(f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials)
     space.experiments()
     return space
 

@@ -47,6 +47,9 @@ def run_sweep(
         storage: Folder or URI (s3://...) that keeps checkpoints and results.
         callbacks: Told of every report.
 
+    Returns:
+        One outcome a trial, in the order of their ids.
+
     Raises:
         PlacementError: a trial needs what the cluster can never give; nothing has been started.
     """
@@ -72,12 +75,13 @@ def run_sweep(
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
         )
-    return [_outcome(outcome) for outcome in tuner.fit()]
+    return sorted(map(_outcome, tuner.fit()), key=lambda outcome: outcome.trial)
 
 
 def _tune_config(space: SearchSpace) -> tune.TuneConfig:
     named = replace(
         space.tune_config,
+        reuse_actors=True,
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )

@@ -14,9 +14,9 @@ from ray.util.placement_group import get_current_placement_group
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.results import result
-from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 from fedlpp_ray.runtime.backend import RayBackend
 from fedlpp_ray.runtime.placement import STRATEGY, bundles
+from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 RESULT = "result.json"
 
@@ -43,7 +43,8 @@ def run_trial(config: dict[str, Any], base: Experiment) -> None:
         for _ in federation.run():
             _report(round_metrics(federation.history), federation, {})
         outcome = result(experiment, federation.history, backend.measure_floor())
-        _report(final_metrics(outcome), federation, {RESULT: json.dumps(outcome, indent=1)})
+        metrics = round_metrics(federation.history) | final_metrics(outcome)
+        _report(metrics, federation, {RESULT: json.dumps(outcome, indent=1)})
 
 
 def _report(metrics: dict[str, float], federation: Federation, files: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -19,6 +18,8 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         logits: (examples, classes), float.
         labels: (examples,), int64.
     """
+    from sklearn.metrics import f1_score  # a second to import, and not every process measures
+
     predictions = logits.argmax(1)
     return {
         "accuracy": (predictions == labels).double().mean().item(),

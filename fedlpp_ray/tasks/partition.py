@@ -36,9 +36,7 @@ def partition(labels: Sequence[int], config: FederationConfig, seed: int) -> lis
     return _PARTITIONERS[config.partition](np.asarray(labels), config, rng)
 
 
-def _iid(
-    labels: Indices, config: FederationConfig, rng: np.random.Generator
-) -> list[Indices]:
+def _iid(labels: Indices, config: FederationConfig, rng: np.random.Generator) -> list[Indices]:
     """Equal shares of a random order."""
     return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), config.clients)]
 

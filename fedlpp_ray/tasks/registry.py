@@ -61,7 +61,9 @@ def _classification(config: TaskConfig) -> Task:
     if config.held_out_split is None:
         return make_task(*train, config.held_out)
     held_out = _split(config, path, config.held_out_split)
-    return make_split_task(train, _columns(held_out, config, config.held_out_split), config.held_out)
+    return make_split_task(
+        train, _columns(held_out, config, config.held_out_split), config.held_out
+    )
 
 
 def _split(config: TaskConfig, path: Path | None, split: str) -> Any:

@@ -34,24 +34,19 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a finished run, from its result (`fedlpp_ray.federation.results`).
+    """What only a finished run has, from its result (`fedlpp_ray.federation.results`).
 
-    Those of the last round, the floor, protection, and the strongest utility of a client.
+    The floor, the strongest utility of a client, protection, and the time of all rounds.
     """
-    last = outcome["history"][-1]
-    metrics: dict[str, float] = {ROUND: last["round"]}
-    for model in EVALUATED:
-        metrics |= _prefixed(model, last[model])
-    for name in ("base", "local_only"):
-        metrics |= _prefixed(f"floor_{name}", outcome["floor"][name])
-    totals = {way: sum(r["bytes"][way] for r in outcome["history"]) for way in ("down", "up")}
-    metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
     protection = outcome[PROTECTION]
-    metrics["strongest_client"] = protection["strongest"][1]
-    metrics["floor"] = protection["floor"][1]
-    metrics[PROTECTION] = math.nan if protection["value"] is None else protection["value"]
-    metrics["seconds/run"] = sum(r["seconds"]["total"] for r in outcome["history"])
-    return metrics
+    return {
+        **_prefixed("floor_base", outcome["floor"]["base"]),
+        **_prefixed("floor_local_only", outcome["floor"]["local_only"]),
+        "floor": protection["floor"][1],
+        "strongest_client": protection["strongest"][1],
+        PROTECTION: math.nan if protection["value"] is None else protection["value"],
+        "seconds/run": sum(record["seconds"]["total"] for record in outcome["history"]),
+    }
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Federated runs in MLflow: one flat run each, one batch of metrics a round.
 
 Flat, because the MLflow UI draws nothing for child runs until a person expands them. One batch a
-round, because each call to the tracking server costs tens of milliseconds. The client is used, never
-the module's active run, which is global to the process.
+round, because each call to the tracking server costs tens of milliseconds. The client is used,
+never the module's active run, which is global to the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.tracking.metrics import ROUND, flat_config
 
 SWEEP_TAG, TRIAL_TAG = "fedlpp.sweep", "fedlpp.trial"
@@ -32,6 +34,10 @@ def default_uri(storage: Path) -> str:
     return f"sqlite:///{(storage / 'mlflow.db').resolve()}"
 
 
+class TrackingError(UserError):
+    """The tracking store cannot be used."""
+
+
 class Tracker:
     """The runs of one MLflow experiment.
 
@@ -41,19 +47,22 @@ class Tracker:
         artifacts: Folder for artifacts of a new experiment where the store is SQLite.
 
     Raises:
-        MlflowException: the store cannot be reached.
+        TrackingError: the store cannot be used.
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path) -> None:
         self.uri = uri
-        self.client = MlflowClient(tracking_uri=uri)
-        known = self.client.get_experiment_by_name(experiment)
         location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
-        self.experiment_id: str = (
-            known.experiment_id
-            if known
-            else self.client.create_experiment(experiment, artifact_location=location)
-        )
+        try:
+            self.client = MlflowClient(tracking_uri=uri)
+            known = self.client.get_experiment_by_name(experiment)
+            self.experiment_id: str = (
+                known.experiment_id
+                if known
+                else self.client.create_experiment(experiment, artifact_location=location)
+            )
+        except MlflowException as error:
+            raise TrackingError(f"MLflow at '{uri}': {error}") from error
 
     def open(self, name: str, config: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """A run for `name`: the one that has `tags` already, or else a new one.
@@ -82,13 +91,21 @@ class Tracker:
 
     def log_round(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """One batch at the step of the metrics' round; a round logged before is left alone."""
-        done = self.client.get_run(run_id).data.metrics.get(ROUND, 0)
-        if metrics[ROUND] > done:
-            self.log_final(run_id, metrics)
+        if metrics[ROUND] > self._metrics(run_id).get(ROUND, 0):
+            self._log(run_id, metrics, int(metrics[ROUND]))
 
     def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """One batch of metrics; undefined values are left out."""
-        now, step = int(time.time() * 1000), int(metrics[ROUND])
+        """One batch of those metrics that the run does not have yet."""
+        known = self._metrics(run_id)
+        new = {key: value for key, value in metrics.items() if key not in known}
+        self._log(run_id, new, int(metrics[ROUND]))
+
+    def _metrics(self, run_id: str) -> dict[str, float]:
+        return dict(self.client.get_run(run_id).data.metrics)
+
+    def _log(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """One batch; undefined values are left out."""
+        now = int(time.time() * 1000)
         batch = [Metric(k, v, now, step) for k, v in metrics.items() if not math.isnan(v)]
         self.client.log_batch(run_id, metrics=batch)
 

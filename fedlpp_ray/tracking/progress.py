@@ -12,9 +12,16 @@ from fedlpp_ray.federation.records import EVALUATED, RoundRecord
 from fedlpp_ray.tasks import UTILITY
 
 
-def show_rounds(records: Iterable[RoundRecord], total: int, console: Console) -> Iterator[RoundRecord]:
+def show_rounds(
+    records: Iterable[RoundRecord], total: int, console: Console
+) -> Iterator[RoundRecord]:
     """Pass the rounds on while showing them."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=total)
         for record in records:

@@ -158,7 +158,10 @@ HOSTILE = {
     "another quantizer": (change_header(quantizer=None), "quantizer is None"),
     "another schema": (change_header(schema={}), "schema is {}"),
     "a field too many": (change_header(extra=1), "the header's fields"),
-    "a missing tensor": (change_tensor("t1:codes", None), "missing or unexpected tensors: t1:codes"),
+    "a missing tensor": (
+        change_tensor("t1:codes", None),
+        "missing or unexpected tensors: t1:codes",
+    ),
     "a tensor too many": (change_tensor("evil", torch.ones(1)), "unexpected tensors: evil"),
     "another dtype": (change_tensor("t0:scales", torch.ones(4).half()), "t0:scales: dtype"),
     "another shape": (change_tensor("t0:scales", torch.ones(3)), "t0:scales: dtype and shape"),
@@ -185,13 +188,11 @@ def test_codes_outside_the_alphabet_are_refused() -> None:
     size = int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8 : 8 + size])["__metadata__"]
     tensors["t0:codes"][0] = 255  # no five digits of base 3 make this byte
-    with pytest.raises(MessageError, match="t0.*levels"):
+    with pytest.raises(MessageError, match=r"t0.*levels"):
         decode(safetensors.torch.save(tensors, header), BROADCAST, schema_of(STATE), codec)
 
 
-@pytest.mark.parametrize(
-    "field", [{"round": 4}, {"client": 6}, {"examples": 10**9}], ids=lambda field: str(field)
-)
+@pytest.mark.parametrize("field", [{"round": 4}, {"client": 6}, {"examples": 10**9}], ids=str)
 def test_an_update_must_be_the_expected_clients(field: dict[str, int]) -> None:
     payload = encode(replace(UPDATE, **field), STATE, Codec(None))
     with pytest.raises(MessageError, match=next(iter(field))):

@@ -1,0 +1,170 @@
+"""The federation written again, plainly: dense weights, loops, no codec, no PEFT, no parties.
+
+It shares with the project only the text (tokens, shares) and the names under which random numbers
+are seeded. Everything is spelled out where it is used.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertForSequenceClassification
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.seeds import derive
+
+State = dict[str, Tensor]
+
+
+def nf_levels(bits: int) -> list[float]:
+    """Method.md, section 2, with scipy's normal quantile."""
+    offset, half = 0.9677083, 2 ** (bits - 1)
+    step, step_minus = (offset - 0.5) / half, (offset - 0.5) / (half - 1)
+    positive = [norm.ppf(offset - i * step) for i in range(half)]
+    negative = [-norm.ppf(offset - i * step_minus) for i in range(half - 1)]
+    levels = sorted([*positive, 0.0, *negative])
+    return [level / levels[-1] for level in levels]
+
+
+def quantize(tensor: Tensor, bits: int, block: int) -> Tensor:
+    """Blockwise absmax NF-k, one block at a time."""
+    if bits == 32:
+        return tensor.clone()
+    levels = torch.tensor(nf_levels(bits), dtype=torch.float32)
+    flat, out = tensor.reshape(-1), torch.empty(tensor.numel())
+    for start in range(0, len(flat), block):
+        weights = flat[start : start + block]
+        scale = weights.abs().max()
+        if scale > 0:
+            nearest = (weights[:, None] / scale - levels).abs().argmin(1)
+            out[start : start + block] = scale * levels[nearest]
+        else:
+            out[start : start + block] = 0
+    return out.view_as(tensor)
+
+
+class DenseLora(nn.Module):
+    """W0 x + (alpha / r) B A x."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.A = nn.Parameter(torch.zeros(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + ((x @ self.A.T) @ self.B.T) * self.scale
+
+
+class Dense:
+    """A model whose trainable tensors are read and written under the project's names."""
+
+    def __init__(self, experiment: Experiment, labels: int, base_bits: int) -> None:
+        self.model = BertForSequenceClassification.from_pretrained(
+            Path(experiment.model.name), num_labels=labels
+        ).requires_grad_(False)
+        for module in self.model.bert.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = quantize(module.weight.data, base_bits, 64)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for i, layer in enumerate(self.model.bert.encoder.layer):
+            for target in ("query", "value"):
+                attention = layer.attention.self
+                lora = DenseLora(
+                    getattr(attention, target), experiment.lora.rank, experiment.lora.alpha
+                )
+                setattr(attention, target, lora)
+                prefix = f"base_model.model.bert.encoder.layer.{i}.attention.self.{target}"
+                self.parameters[f"{prefix}.lora_A.weight"] = lora.A
+                self.parameters[f"{prefix}.lora_B.weight"] = lora.B
+        for part in ("weight", "bias"):
+            parameter = getattr(self.model.classifier, part).requires_grad_(True)
+            self.parameters[f"base_model.model.classifier.{part}"] = parameter
+
+    def write(self, state: State) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = state[name].clone()
+
+    def read(self) -> State:
+        return {name: parameter.data.clone() for name, parameter in self.parameters.items()}
+
+    def train(self, examples: list, experiment: Experiment, seed: int) -> None:
+        config = experiment.client
+        # In the project's order of parameters, which is that of the modules.
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        order = torch.Generator().manual_seed(derive(seed, "order"))
+        torch.manual_seed(derive(seed, "dropout"))
+        self.model.train()
+        queue: list[int] = []
+        for _ in range(experiment.federation.local_steps):
+            queue = queue or torch.randperm(len(examples), generator=order).tolist()
+            batch = [examples[i] for i in queue[: config.batch_size]]
+            queue = queue[config.batch_size :]
+            ids = [tokens for tokens, _ in batch]
+            logits = self.model(
+                input_ids=pad_sequence(ids, batch_first=True),
+                attention_mask=pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+            ).logits
+            loss = nn.functional.cross_entropy(logits, torch.tensor([y for _, y in batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def accuracy(self, batches: list) -> float:
+        self.model.eval()
+        right = total = 0
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+                right += (self.model(**inputs).logits.argmax(1) == batch["labels"]).sum().item()
+                total += len(batch["labels"])
+        return right / total
+
+
+def run(experiment: Experiment, initial: State) -> list[tuple[State, float, float]]:
+    """After each round: the server's state, its accuracy, and that of the broadcast of it."""
+    text = FederatedText(experiment)
+    federation, down = experiment.federation, experiment.downlink
+    server = Dense(experiment, text.labels, 32)
+    client_model = Dense(experiment, text.labels, experiment.client.base_bits)
+    state, history = initial, []
+    for r in range(1, federation.rounds + 1):
+        rng = random.Random(derive(experiment.seed, "cohort", r))
+        count = max(1, round(federation.clients * federation.client_fraction))
+        cohort = sorted(rng.sample(range(federation.clients), count))
+        broadcast = {name: quantize(x, down.bits, down.block) for name, x in state.items()}
+        total = sum(text.examples[client] for client in cohort)
+        mean = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in state.items()}
+        for client in cohort:
+            client_model.write(broadcast)
+            seed = derive(experiment.seed, "local", r, client)
+            client_model.train(text.client(client), experiment, seed)
+            after = client_model.read()
+            weight = text.examples[client] / total
+            if experiment.server.weighting == "uniform":
+                weight = 1 / len(cohort)
+            for name, total in mean.items():
+                mean[name] = total + weight * (after[name] - broadcast[name]).double()
+        lr = experiment.server.lr
+        new: State = {}
+        for name, x in state.items():
+            s, d, m = x.double(), broadcast[name].double(), mean[name]
+            new[name] = {
+                "residual": s + lr * m,
+                "replace": d + lr * m,
+                "pull": s + lr * (d + m - s),
+            }[experiment.server.rule].float()
+        state = new
+        server.write(state)
+        client_model.write({name: quantize(x, down.bits, down.block) for name, x in state.items()})
+        history.append(
+            (state, server.accuracy(text.held_out), client_model.accuracy(text.held_out))
+        )
+    return history

@@ -1,0 +1,63 @@
+"""The whole federation against a plain dense one written for these tests (`dense.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation import Federation
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.server import ADAPTER_STATE
+from tests.federation import dense
+
+QUANTIZED_TOLERANCE = 2e-5
+"""Absolute, on states whose entries are up to 1. Codes are the same on both sides; levels and
+scales differ in the last bit of fp32, which local training carries on."""
+
+
+def compare(experiment: Experiment, tolerance: float) -> None:
+    backend = InProcess(experiment)
+
+    def state() -> dict[str, torch.Tensor]:
+        return safetensors.torch.load(backend.adapter()[ADAPTER_STATE])
+
+    expected = dense.run(experiment, initial=state())
+    federation = Federation(experiment, backend)
+    for record, (reference, server, client) in zip(federation.run(), expected, strict=True):
+        found = state()
+        assert found.keys() == reference.keys()
+        for name, tensor in reference.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+        assert record.evaluation is not None
+        assert record.evaluation.server["accuracy"] == pytest.approx(server, abs=1e-12)
+        assert record.evaluation.client_before["accuracy"] == pytest.approx(client, abs=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["residual", "replace", "pull"])
+def test_at_full_precision_bit_for_bit(tiny_experiment: Experiment, rule: str) -> None:
+    values = {"downlink.bits": 32, "server.rule": rule, "server.lr": 0.7}
+    compare(tiny_experiment.with_values(values), tolerance=0)
+
+
+def test_uniform_weights_and_uneven_shares_bit_for_bit(tiny_experiment: Experiment) -> None:
+    for weighting in ("uniform", "examples"):
+        values = {
+            "downlink.bits": 32,
+            "federation.partition": "dirichlet",
+            "server.weighting": weighting,
+        }
+        compare(tiny_experiment.with_values(values), tolerance=0)
+
+
+@pytest.mark.parametrize("rule", ["residual", "replace", "pull"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_quantized_downlink(tiny_experiment: Experiment, rule: str, bits: int) -> None:
+    values = {"downlink.bits": bits, "server.rule": rule}
+    compare(tiny_experiment.with_values(values), QUANTIZED_TOLERANCE)
+
+
+def test_quantized_client_base(tiny_experiment: Experiment) -> None:
+    values = {"downlink.bits": 4, "client.base_bits": 3}
+    compare(tiny_experiment.with_values(values), QUANTIZED_TOLERANCE)

