@@ -50,6 +50,9 @@ class RayBackend:
         experiment: What to run.
         group: Reservation with the bundles of `placement.bundles(experiment)`.
 
+    Attributes:
+        server, hosts: The actors, each a `Party`.
+
     Raises:
         PlacementError: the actors are not ready in `runtime.start_timeout`.
         ray.exceptions.RayActorError: an actor could not be set up; it holds the reason.
@@ -57,8 +60,8 @@ class RayBackend:
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
         needed = bundles(experiment)
-        self._server = _start(group, SERVER_BUNDLE, needed, SERVER, experiment)
-        self._hosts = [
+        self.server = _start(group, SERVER_BUNDLE, needed, SERVER, experiment)
+        self.hosts = [
             _start(group, 1 + i, needed, CLIENT_HOST, experiment, i)
             for i in range(client_actors(experiment))
         ]
@@ -67,7 +70,7 @@ class RayBackend:
 
     def encode_broadcast(self, round: int) -> bytes:
         """The server's quantized state, for every client of a round."""
-        return _get(self._server, "encode_broadcast", round)  # type: ignore[no-any-return]
+        return _get(self.server, "encode_broadcast", round)  # type: ignore[no-any-return]
 
     def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
         """One update from each client, in the order of the cohort; each actor pulls the next."""
@@ -76,35 +79,35 @@ class RayBackend:
         def send(host: Any, client: int) -> Any:
             return host.call.remote("train", round, client, reference)
 
-        return list(ActorPool(self._hosts).map(send, cohort))
+        return list(ActorPool(self.hosts).map(send, cohort))
 
     def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
         """Fold the updates into the server's next state; returns its digest."""
         reference = self._put(round, broadcast)
-        return _get(self._server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
+        return _get(self.server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
 
     def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
         """The server's state and what a client has of it, measured at the same time."""
         reference = self._put(round, broadcast)
-        server = self._server.call.remote("evaluate")
-        client = self._hosts[0].call.remote("evaluate", round, reference)
+        server = self.server.call.remote("evaluate")
+        client = self.hosts[0].call.remote("evaluate", round, reference)
         return Evaluation(ray.get(server), *ray.get(client))
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
-        return _get(self._hosts[0], "measure_floor")  # type: ignore[no-any-return]
+        return _get(self.hosts[0], "measure_floor")  # type: ignore[no-any-return]
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
-        return _get(self._server, "adapter")  # type: ignore[no-any-return]
+        return _get(self.server, "adapter")  # type: ignore[no-any-return]
 
     def restore(self, adapter: dict[str, bytes]) -> None:
         """Take back the state of an `adapter`."""
-        _get(self._server, "restore", adapter)
+        _get(self.server, "restore", adapter)
 
     def close(self) -> None:
         """End the actors."""
-        for actor in (self._server, *self._hosts):
+        for actor in (self.server, *self.hosts):
             ray.kill(actor)
 
     def _put(self, round: int, broadcast: bytes) -> Any:
@@ -114,7 +117,7 @@ class RayBackend:
         return self._broadcast[1]
 
     def _wait_until_ready(self, timeout: float) -> None:
-        actors = [self._server, *self._hosts]
+        actors = [self.server, *self.hosts]
         ready = [actor.__ray_ready__.remote() for actor in actors]
         done, waiting = ray.wait(ready, num_returns=len(ready), timeout=timeout)
         try:

@@ -29,7 +29,7 @@ def cluster() -> Iterator[None]:
 def run_in_ray(experiment: Experiment) -> tuple[list[dict[str, object]], Any]:
     with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:
         federation = Federation(experiment, backend)
-        hosts = {u for _ in federation.run() for u in [len(backend._hosts)]}
+        hosts = {u for _ in federation.run() for u in [len(backend.hosts)]}
         return numbers(federation.history), (backend.measure_floor(), hosts)
 
 

@@ -1,0 +1,52 @@
+"""All benchmarks, and the page that shows them: `python -m benchmarks` writes RESULTS.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks import federation, quantizer
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def main() -> None:
+    """Run everything, one after the other, and write the page."""
+    page = f"""# Measured
+
+Written by `make bench`. {_machine()}. Other work on the machine moves the numbers: read shares and
+ratios, which were taken side by side in one run.
+
+## One round of the default experiment
+
+{federation.__doc__.strip().splitlines()[0]}
+
+{federation.markdown(federation.measure(federation.default_experiment()))}
+
+## The quantizer, Mweights/s on one thread
+
+`_vs_bnb` and `_vs_copy` are ratios to bitsandbytes' nf4 and to a memory copy of the same run.
+
+{quantizer.markdown(quantizer.measure())}
+"""
+    RESULTS.write_text(page, encoding="utf-8")
+    print(page)
+
+
+def _machine() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "bitsandbytes"))
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    vector = "AVX512" if "avx512f" in flags else "no AVX512"
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}, {vector}), "
+        f"Python {platform.python_version()}, {packages}, "
+        f"{torch.get_num_threads()} default threads"
+    )
+
+
+if __name__ == "__main__":
+    main()

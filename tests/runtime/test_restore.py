@@ -1,0 +1,71 @@
+"""A sweep whose driver was killed: the same command finishes it, and nothing is logged twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from fedlpp_ray.config import Experiment, dump_experiment
+
+ROUNDS = 30
+SPACE = """
+from ray import tune
+
+base = "tiny.yaml"
+param_space = {"downlink.bits": tune.grid_search([2, 4]), "runtime.client_actors": 1}
+objectives = {"server/accuracy": "max"}
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    values = {"federation.rounds": ROUNDS, "federation.local_steps": 40}
+    experiment = tiny_experiment.with_values(values)
+    (tmp_path / "tiny.yaml").write_text(dump_experiment(experiment, "tiny", "x"))
+    (tmp_path / "space.py").write_text(SPACE)
+    command = [sys.executable, "-m", "fedlpp_ray.tune", "space.py", "--storage", "out"]
+    environment = os.environ | {"TUNE_GLOBAL_CHECKPOINT_S": "1"}
+    first = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    wait_for_round(tmp_path / "out", 4)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = rounds_logged(tmp_path / "out")
+    assert 0 < sum(map(len, before.values())) < 2 * ROUNDS
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = rounds_logged(tmp_path / "out")
+    assert set(before) <= set(after)  # the interrupted runs were continued, not begun again
+    assert list(after.values()) == [list(range(1, ROUNDS + 1))] * 2
+
+
+def runs(storage: Path) -> tuple[MlflowClient, list]:
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiments = [e for e in client.search_experiments() if e.name.startswith("space-")]
+    return client, client.search_runs([e.experiment_id for e in experiments])
+
+
+def rounds_logged(storage: Path) -> dict[str, list[int]]:
+    client, found = runs(storage)
+    return {
+        run.info.run_id: [p.step for p in client.get_metric_history(run.info.run_id, "round")]
+        for run in found
+    }
+
+
+def wait_for_round(storage: Path, wanted: int) -> None:
+    for _ in range(300):
+        time.sleep(0.5)
+        if (storage / "mlflow.db").exists():
+            _, found = runs(storage)
+            if any(run.data.metrics.get("round", 0) >= wanted for run in found):
+                return
+    raise AssertionError("the sweep logged nothing")
