@@ -76,7 +76,7 @@ def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
     shown = Table("", *[key.rpartition(".")[2] for key in keys], *_COLUMNS.values(), box=None)
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
-        if row["error"]:
+        if isinstance(row["error"], str):
             cells = ["failed", *[""] * (len(_COLUMNS) - 1)]
         shown.add_row("*" if row[BEST] else "", *[str(row[key]) for key in keys], *cells)
     return shown

@@ -10,10 +10,10 @@ base = "../configs/trec_minilm.yaml"
 param_space = {
     "downlink.bits": tune.grid_search(["ternary", 2, 4]),
     "lora.rank": tune.grid_search([4, 16]),
-    "federation.client_fraction": tune.grid_search([0.05, 0.1]),
+    "federation.client_fraction": tune.grid_search([0.025, 0.05]),
     # Constants are values like any other. One actor a trial, so that trials run side by side.
     "runtime.client_actors": 1,
-    "evaluation.every": 5,
+    "evaluation.every": 6,
 }
 
 objectives = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}

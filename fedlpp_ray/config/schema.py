@@ -57,7 +57,7 @@ class TaskConfig(Section):
     name: Literal["trec", "classification"] = "trec"
     """`trec`: the embedded question types. `classification`: your own data, see `data`."""
     data: str | None = None
-    """For `classification`: a .csv, .json, .jsonl or .parquet file, or a data set on the hub."""
+    """For `classification`: a .csv, .json, .jsonl or .parquet file, a folder, or a hub name."""
     subset: str | None = None
     """Configuration of a hub data set, for instance sst2 of nyu-mll/glue."""
     train_split: str = "train"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
 from fedlpp_ray.models import bnb
+from fedlpp_ray.models.bnb import BaseFormatError
 from fedlpp_ray.models.packed import PackedLinear
 from fedlpp_ray.quantization import Quantizer
 
@@ -17,9 +19,17 @@ def check_base(model: nn.Module, config: ClientConfig) -> None:
     """Refuse a format that cannot store this model; its weights are not needed.
 
     Raises:
-        BaseFormatError: bitsandbytes is not installed, or cannot store a layer of this width.
+        BaseFormatError: the layers are not linear layers; or bitsandbytes is not installed, or
+            cannot store a layer of this width.
     """
-    if config.base_bits != FULL_PRECISION and config.base_format == "bitsandbytes":
+    if config.base_bits == FULL_PRECISION:
+        return
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise BaseFormatError(
+            "client.base_bits: this model's layers are Conv1D (GPT-2), which no base format "
+            "stores; allowed here: 32"
+        )
+    if config.base_format == "bitsandbytes":
         bnb.check(_linears(model), config.base_bits)
 
 

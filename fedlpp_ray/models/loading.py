@@ -22,7 +22,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
         AssetError: the model is missing, is not the expected one, or the hub cannot be reached.
     """
     with _reading(config) as (name, options):
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.pad_token is None:  # decoders: padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn.Module:
@@ -38,6 +41,8 @@ def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn
         model = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=num_labels, dtype=torch.float32, **options
         )
+    if model.config.pad_token_id is None:  # decoders look for the last token before it
+        model.config.pad_token_id = model.config.eos_token_id
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ pickles them: a restored sweep goes on with the callbacks that it was started wi
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -121,7 +122,8 @@ class ProgressCallback(Callback):
         metrics = reported(trial.last_result or {})
         shown = [f"server {metrics.get('server/accuracy', float('nan')):.3f}"]
         if PROTECTION in metrics:
-            shown.append(f"protection {metrics[PROTECTION]:+.3f}")
+            value = metrics[PROTECTION]
+            shown.append(f"protection {'undefined' if math.isnan(value) else f'{value:+.3f}'}")
         self._line(trial, "  ".join(shown))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -1,9 +1,9 @@
 """A search space: a short Python file that names a base experiment and what to vary.
 
-base = "../configs/trec_minilm.yaml"             # relative to the file
-param_space = {"lora.rank": tune.grid_search([4, 16]), ...}    # dotted keys
-objectives = {"server/accuracy": "max", ...}     # metric: "max" or "min"
-tune_config = tune.TuneConfig(num_samples=4)     # optional: samples, searcher, scheduler
+base = "../configs/trec_minilm.yaml"  # relative to the file
+param_space = {"lora.rank": tune.grid_search([4, 16]), ...}  # dotted keys
+objectives = {"server/accuracy": "max", ...}  # metric: "max" or "min"
+tune_config = tune.TuneConfig(num_samples=4)  # optional: samples, searcher, scheduler
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
+from fedlpp_ray.tracking.metrics import METRICS
 
 Direction = Literal["max", "min"]
 
@@ -83,7 +84,7 @@ def load_space(
         raise ConfigError(f"{path}: no such file")
     if max_trials is not None and max_trials < 1:
         raise ConfigError(f"--max-trials {max_trials}: must be at least 1")
-    module = runpy.run_path(str(path))
+    module = _run(path)
     base_path = path.parent / _get(module, "base", str, path)
     fixed = parse_overrides(overrides)
     base = load_experiment(base_path).with_values(fixed, "command line")
@@ -93,20 +94,24 @@ def load_space(
     tune_config = module.get("tune_config", tune.TuneConfig())
     if not isinstance(tune_config, tune.TuneConfig):
         raise ConfigError(f"{path}: tune_config must be a ray.tune.TuneConfig")
-    _check_keys(base, searched, path)
     if all(map(_is_constant, searched.values())):
         raise ConfigError(f"{path}: param_space varies nothing; use tune.grid_search or a sampler")
-    trials = None
-    if tune_config.search_alg is None:
-        trials = _resolve(searched, tune_config, base.seed)[:max_trials]
-    elif max_trials is not None:
-        samples = min(max_trials, tune_config.num_samples)
-        tune_config = replace(tune_config, num_samples=samples)
+    trials: list[dict[str, Any]] | None = _resolve(searched, tune_config, base.seed)[:max_trials]
+    for trial in trials or []:
+        base.with_values(trial, str(path))
+    if tune_config.search_alg is not None:
+        samples = min(max_trials or tune_config.num_samples, tune_config.num_samples)
+        trials, tune_config = None, replace(tune_config, num_samples=samples)
     parts = [path.read_text(), base.model_dump_json(), *overrides, str(max_trials)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-    space = SearchSpace(f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials)
-    space.experiments()
-    return space
+    return SearchSpace(f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials)
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _get(module: dict[str, Any], name: str, kind: type, path: Path) -> Any:
@@ -117,22 +122,13 @@ def _get(module: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 
 def _objectives(objectives: dict[str, Any], path: Path) -> dict[str, Direction]:
     for metric, direction in objectives.items():
+        if metric not in METRICS:
+            raise ConfigError(
+                f"{path}: objectives: unknown metric '{metric}'; allowed: {', '.join(METRICS)}"
+            )
         if direction not in ("max", "min"):
             raise ConfigError(f"{path}: objectives: {metric}: allowed: 'max', 'min'")
     return objectives
-
-
-def _check_keys(base: Experiment, searched: dict[str, Any], path: Path) -> None:
-    """Refuse unknown keys, also where a searcher draws the values later."""
-    for key in searched:
-        node: Any = base
-        for part in key.split("."):
-            node = getattr(node, part, None) if part in type(node).model_fields else _UNKNOWN
-            if node is _UNKNOWN:
-                base.with_values({key: None}, str(path))
-
-
-_UNKNOWN = object()
 
 
 def _is_constant(value: Any) -> bool:

@@ -59,7 +59,8 @@ def run_sweep(
         partial(run_trial, base=space.base),
         lambda config: trial_resources(space.base.with_values(config, "trial")),
     )
-    path = f"{storage.rstrip('/')}/{space.name}"
+    folder, mark, query = storage.partition("?")  # s3://bucket/folder?endpoint_override=...
+    path = f"{folder.rstrip('/')}/{space.name}{mark}{query}"
     if tune.Tuner.can_restore(path):
         tuner = tune.Tuner.restore(path, trainable, resume_errored=True)
     else:

@@ -52,45 +52,55 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 @register("classification")
 def _classification(config: TaskConfig) -> Task:
-    """A file of one's own or a data set on the hub, through `datasets`."""
-    assert config.data is not None
-    path = locate(config.data)
-    if path is None and Path(config.data).suffix in _FORMATS:
-        raise TaskError(f"task.data = '{config.data}': no such file")
-    train = _columns(_split(config, path, config.train_split), config, config.train_split)
+    """A file or folder of one's own, or a data set on the hub, through `datasets`."""
+    train = _columns(_read(config, config.train_split), config, config.train_split)
     if config.held_out_split is None:
         return make_task(*train, config.held_out)
-    held_out = _split(config, path, config.held_out_split)
-    return make_split_task(
-        train, _columns(held_out, config, config.held_out_split), config.held_out
-    )
+    held_out = _read(config, config.held_out_split)
+    held_out_columns = _columns(held_out, config, config.held_out_split)
+    return make_split_task(train, held_out_columns, config.held_out)
 
 
-def _split(config: TaskConfig, path: Path | None, split: str) -> Any:
-    import datasets
+def _read(config: TaskConfig, split: str) -> Any:
+    """One split of the data."""
+    import datasets  # a second to import, and the embedded text does not need it
 
-    if path is None:
-        return datasets.load_dataset(config.data, config.subset, split=split)
-    if path.suffix not in _FORMATS:
-        raise TaskError(f"task.data = '{config.data}'; allowed endings: {', '.join(_FORMATS)}")
-    if split != "train":
-        raise TaskError(
-            f"'{config.data}' is one file with one split, 'train'; there is no '{split}'"
-        )
-    return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    assert config.data is not None
+    path = locate(config.data)
+    suffix = Path(config.data).suffix
+    if path is None and suffix in _FORMATS:
+        raise TaskError(f"task.data = '{config.data}': no such file")
+    try:
+        if path is None or path.is_dir():
+            return datasets.load_dataset(str(path or config.data), config.subset, split=split)
+        if suffix not in _FORMATS:
+            raise TaskError(f"task.data = '{config.data}'; allowed endings: {', '.join(_FORMATS)}")
+        if split != "train":
+            raise TaskError(
+                f"'{config.data}' is one file with one split, 'train'; there is no '{split}'"
+            )
+        return datasets.load_dataset(_FORMATS[suffix], data_files=str(path), split="train")
+    except TaskError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise TaskError(f"task.data = '{config.data}' ({split}): {error}") from error
 
 
 def _columns(data: Any, config: TaskConfig, split: str) -> tuple[list[str], list[str]]:
+    """The texts and the names of their labels."""
     for key in ("text_column", "label_column"):
         if getattr(config, key) not in data.column_names:
             raise TaskError(
                 f"task.{key} = '{getattr(config, key)}' is not in '{config.data}' ({split}); "
                 f"its columns: {', '.join(data.column_names)}"
             )
-    label = data.features[config.label_column]
-    names = label.int2str if hasattr(label, "int2str") else str
     texts, labels = data[config.text_column], data[config.label_column]
     missing = sum(value is None for value in [*texts, *labels])
     if missing:
         raise TaskError(f"'{config.data}' ({split}) has {missing} missing texts or labels")
-    return [str(text) for text in texts], [names(value) for value in labels]
+    feature = data.features[config.label_column]
+    names = feature.int2str if hasattr(feature, "int2str") else str
+    try:
+        return [str(text) for text in texts], [names(label) for label in labels]
+    except ValueError as error:
+        raise TaskError(f"'{config.data}' ({split}) is not labelled: {error}") from error

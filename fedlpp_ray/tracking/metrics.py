@@ -14,6 +14,19 @@ PROTECTION = "protection"
 TOTAL_BYTES = "bytes/total"
 ROUND = "round"
 _NOT_MEASURED = ("examples",)
+_MEASURES = ("accuracy", "macro_f1", "loss")
+_PHASES = ("broadcast", "train", "aggregate", "evaluate", "client_compute", "communication")
+METRICS = (
+    *(
+        f"{model}/{m}"
+        for model in (*EVALUATED, "floor_base", "floor_local_only")
+        for m in _MEASURES
+    ),
+    *(f"seconds/{phase}" for phase in (*_PHASES, "total", "run")),
+    *("bytes/down", "bytes/up", TOTAL_BYTES),
+    *("floor", "strongest_client", PROTECTION, "train/loss", ROUND),
+)
+"""Every name that a run reports, and so every possible objective of a search."""
 
 
 def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:

@@ -8,15 +8,19 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from fedlpp_ray import quantization
 from fedlpp_ray.aggregation import RULES
 from fedlpp_ray.config import (
     ConfigError,
+    DownlinkConfig,
     Experiment,
     ServerConfig,
+    TaskConfig,
     dump_experiment,
     load_experiment,
     parse_overrides,
 )
+from fedlpp_ray.tasks import registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,3 +179,9 @@ def test_every_shipped_experiment_loads_and_says_how_to_run_it(path: Path) -> No
     assert first.startswith("# ")
     assert second == f"# Run it: python -m fedlpp_ray.train {path.relative_to(ROOT)}"
     load_experiment(path)
+
+
+def test_the_allowed_names_are_those_that_exist() -> None:
+    assert get_args(DownlinkConfig.model_fields["kind"].annotation) == get_args(quantization.Kind)
+    assert get_args(DownlinkConfig.model_fields["scale"].annotation) == get_args(quantization.Scale)
+    assert set(get_args(TaskConfig.model_fields["name"].annotation)) == set(registry._LOADERS)

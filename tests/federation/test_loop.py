@@ -18,6 +18,7 @@ from fedlpp_ray.federation.wire import downlink_codec
 from fedlpp_ray.messages import Envelope, MessageError, decode
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import is_head, schema_of
+from fedlpp_ray.tracking.metrics import METRICS, final_metrics, round_metrics
 
 
 class Recording(InProcess):
@@ -200,3 +201,13 @@ def test_a_result_is_complete_and_a_history_survives_json(tiny_experiment: Exper
     assert Experiment.from_dict(outcome["config"]) == tiny_experiment
     assert [RoundRecord.from_dict(record) for record in outcome["history"]] == history
     assert set(outcome["versions"]) >= {"python", "torch", "transformers", "peft", "ray"}
+
+
+def test_the_metrics_of_a_run_are_those_that_a_search_may_ask_for(
+    tiny_experiment: Experiment,
+) -> None:
+    backend = InProcess(tiny_experiment)
+    history = list(Federation(tiny_experiment, backend).run())
+    outcome = result(tiny_experiment, history, backend.measure_floor())
+    found = round_metrics(history) | final_metrics(outcome)
+    assert set(found) == set(METRICS)

@@ -96,13 +96,25 @@ def test_a_searcher_is_left_to_choose(write) -> None:
         ),
         (
             "param_space = {'lora.rank': tune.grid_search([2])}\nobjectives = {'x': 'up'}",
-            "objectives: x: allowed: 'max', 'min'",
+            "unknown metric 'x'; allowed: server/accuracy",
+        ),
+        (
+            "param_space = {'lora.rank': tune.grid_search([2])}\nobjectives = {'floor': 'up'}",
+            "objectives: floor: allowed: 'max', 'min'",
         ),
         (
             "param_space = {'lora.rank': tune.grid_search([2])}\ntune_config = 3",
             "tune_config must be",
         ),
         ("param_space = {'lora.rank': tune.grid_search([2])}\nbase = 'gone.yaml'", "no such file"),
+        ("param_space = (", "space.py: SyntaxError"),
+        ("import no_such_module", "space.py: ModuleNotFoundError: .*no_such_module"),
+        (
+            "from ray.tune.search.basic_variant import BasicVariantGenerator\n"
+            "param_space = {'lora.rnk': tune.randint(1, 3)}\n"
+            "tune_config = tune.TuneConfig(search_alg=BasicVariantGenerator())",
+            "lora.rnk: unknown key",
+        ),
     ],
 )
 def test_a_wrong_space_is_refused(write, body: str, words: str) -> None:

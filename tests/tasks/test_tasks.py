@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -176,3 +177,49 @@ def test_metrics_agree_with_their_definitions() -> None:
     )
     log_p = logits.double() - logits.double().exp().sum(1, keepdim=True).log()
     assert metrics["loss"] == pytest.approx(-log_p[range(4), labels].mean().item(), rel=1e-12)
+
+
+# Data sets with splits of their own: the code that reads the hub's, on a local folder
+
+
+@pytest.fixture
+def split_folder(tmp_path: Path) -> Path:
+    features = Features({"sentence": Value("string"), "y": ClassLabel(names=["no", "yes"])})
+    for split, count in (("train", 40), ("validation", 20)):
+        rows = {"sentence": [f"{split} {i}" for i in range(count)], "y": [0, 1] * (count // 2)}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
+    return tmp_path
+
+
+def split_config(folder: Path, **values: object) -> TaskConfig:
+    given = {
+        "name": "classification",
+        "data": str(folder),
+        "text_column": "sentence",
+        "label_column": "y",
+        "held_out_split": "validation",
+    }
+    return TaskConfig.model_validate(given | values)
+
+
+def test_a_held_out_split_is_used_and_label_names_are_kept(split_folder: Path) -> None:
+    task = load_task(split_config(split_folder, held_out=12))
+    assert task.labels == ("no", "yes")
+    assert len(task.train) == 40
+    assert len(task.held_out) == 12
+    assert all(text.startswith("validation") for text in task.held_out.texts)
+    for text, label in zip(task.held_out.texts, task.held_out.labels, strict=True):
+        assert label == int(text.split()[1]) % 2
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(split_folder: Path) -> None:
+    with pytest.raises(TaskError, match=r"\(test\).*train.*validation"):
+        load_task(split_config(split_folder, held_out_split="test"))
+
+
+def test_an_unlabelled_split_is_refused(split_folder: Path) -> None:
+    features = Features({"sentence": Value("string"), "y": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"sentence": ["a", "b"], "y": [-1, -1]}, features)
+    rows.to_parquet(split_folder / "validation.parquet")
+    with pytest.raises(TaskError, match="not labelled"):
+        load_task(split_config(split_folder))

@@ -1,0 +1,71 @@
+"""Other architectures than BERT, tiny and random-init: they adapt, quantize and pad."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from fedlpp_ray.config import ClientConfig, LoraConfig
+from fedlpp_ray.lora import add_lora, read_state, write_state
+from fedlpp_ray.models import BaseFormatError, PackedLinear, quantize_base
+from fedlpp_ray.state import is_head
+
+SMALL = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
+
+
+def roberta() -> nn.Module:
+    config = RobertaConfig(
+        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
+    )
+    return RobertaForSequenceClassification(config).requires_grad_(False)
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
+    )
+    return LlamaForSequenceClassification(config).requires_grad_(False)
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(**SMALL, n_embd=64, n_layer=1, n_head=2)
+    return GPT2ForSequenceClassification(config).requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [roberta, llama])
+def test_adapters_on_a_packed_base_learn(make) -> None:
+    model = add_lora(quantize_base(make(), ClientConfig(base_bits=4)), LoraConfig(rank=2), 0)
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
+    state = read_state(model)
+    assert any(is_head(name) for name in state)
+    assert any(not is_head(name) for name in state)
+    ids = torch.randint(1, 40, (4, 7), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(15):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    write_state(model, state)
+    again = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    assert again.item() == pytest.approx(losses[0], rel=0.2)  # dropout differs, nothing else
+
+
+def test_gpt2_adapts_but_its_base_cannot_be_quantized_yet() -> None:
+    """Its Conv1D layers would silently stay in full precision."""
+    with pytest.raises(BaseFormatError, match=r"Conv1D.*allowed here: 32"):
+        quantize_base(gpt2(), ClientConfig(base_bits=4))
+    assert read_state(add_lora(quantize_base(gpt2(), ClientConfig()), LoraConfig(rank=2), 0))

@@ -1,0 +1,79 @@
+"""The summary of a sweep: non-dominated trials, failed and undefined ones, table and plot."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation import Federation
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.results import result
+from fedlpp_ray.report import console_table, non_dominated, save_plot, summarize
+from fedlpp_ray.runtime.sweep import TrialOutcome
+
+OBJECTIVES = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}
+
+
+def test_non_dominated_points_by_hand() -> None:
+    points = [(0.9, 10.0), (0.8, 5.0), (0.8, 6.0), (0.9, 10.0), (0.7, math.nan), (0.95, 20.0)]
+    assert non_dominated(points, ["max", "min"]) == [True, True, False, True, False, True]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
+def test_a_point_is_non_dominated_exactly_if_no_other_beats_it(
+    points: list[tuple[int, int]],
+) -> None:
+    for point, best in zip(points, non_dominated(points, ["max", "min"]), strict=True):
+        beaten = any(x >= point[0] and y <= point[1] and (x, y) != point for x, y in points)
+        assert best is not beaten
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_experiment: Experiment) -> list[TrialOutcome]:
+    experiment = tiny_experiment.with_values({"federation.rounds": 1})
+    backend = InProcess(experiment)
+    history = list(Federation(experiment, backend).run())
+    run = result(experiment, history, backend.measure_floor())
+    undefined = run | {"protection": run["protection"] | {"value": None, "reason": "x"}}
+    defined = run | {"protection": run["protection"] | {"value": 0.25}}
+    return [
+        TrialOutcome("a", {"downlink.bits": 2, "lora.rank": 4}, defined, None),
+        TrialOutcome("b", {"downlink.bits": 4, "lora.rank": 4}, undefined, None),
+        TrialOutcome("c", {"downlink.bits": 8, "lora.rank": 4}, None, "the actor died"),
+    ]
+
+
+def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutcome]) -> None:
+    table = summarize(outcomes, ["downlink.bits", "lora.rank"], OBJECTIVES)
+    assert list(table["downlink.bits"]) == [2, 4, 8]
+    assert list(table["non_dominated"]) == [True, False, False]
+    assert list(table["error"].isna()) == [True, True, False]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(console_table(table, ["downlink.bits", "lora.rank"]))
+    best, undefined, failed = console.export_text().splitlines()[1:]
+    assert best.split()[:3] == ["*", "2", "4"]
+    assert "+0.250" in best
+    assert "undefined" in undefined
+    assert "failed" in failed
+
+
+def test_plots_are_drawn_also_of_sweeps_with_failures(
+    outcomes: list[TrialOutcome], tmp_path: Path
+) -> None:
+    for chosen in (outcomes, outcomes[:1]):
+        table = summarize(chosen, ["downlink.bits"], OBJECTIVES)
+        save_plot(table, ["downlink.bits"], tmp_path / "x.png")
+        assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_sweep_of_failures_has_a_table(outcomes: list[TrialOutcome]) -> None:
+    table = summarize(outcomes[2:], ["downlink.bits"], OBJECTIVES)
+    assert list(table["non_dominated"]) == [False]
+    console_table(table, ["downlink.bits"])
