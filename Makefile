@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STORAGE ?= results
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install sweep ui test test-all lint format bench clean
+.PHONY: install sweep ui test test-slow lint format bench clean
 
 install: $(INSTALLED)
 
@@ -28,8 +28,8 @@ ui: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

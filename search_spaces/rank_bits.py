@@ -13,7 +13,7 @@ param_space = {
     "federation.client_fraction": tune.grid_search([0.025, 0.05]),
     # Constants are values like any other. One actor a trial, so that trials run side by side.
     "runtime.client_actors": 1,
-    "evaluation.every": 6,
+    "evaluation.every": 5,
 }
 
 objectives = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}

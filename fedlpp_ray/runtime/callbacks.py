@@ -105,7 +105,7 @@ class ProgressCallback(Callback):
     """
 
     def __init__(self, total: int, keys: list[str]) -> None:
-        self._total, self._keys, self._ended = total, keys, 0
+        self._total, self._keys = total, keys
         self._console: Any = None
         self._bar: Any = None
 
@@ -124,20 +124,18 @@ class ProgressCallback(Callback):
         if PROTECTION in metrics:
             value = metrics[PROTECTION]
             shown.append(f"protection {'undefined' if math.isnan(value) else f'{value:+.3f}'}")
-        self._line(trial, "  ".join(shown))
+        self._line(trials, trial, "  ".join(shown))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Show a failed trial."""
-        self._line(trial, f"failed, see {trial.error_file}")
+        self._line(trials, trial, f"failed, see {trial.error_file}")
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
         """End the bar."""
         self._bar.stop()
 
-    def _line(self, trial: Any, text: str) -> None:
-        self._ended += 1
-        self._bar.update(self._task, completed=self._ended)
+    def _line(self, trials: list[Any], trial: Any, text: str) -> None:
+        ended = 1 + sum(other.is_finished() for other in trials if other is not trial)
+        self._bar.update(self._task, completed=ended)
         searched = "  ".join(f"{key}={trial.config[key]}" for key in self._keys)
-        self._console.print(
-            f"trial {self._ended}/{self._total}  {searched}  {text}", highlight=False
-        )
+        self._console.print(f"trial {ended}/{self._total}  {searched}  {text}", highlight=False)

@@ -1,0 +1,91 @@
+"""A sweep in which one trial fails and one is stopped early: the others count, nothing is left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from fedlpp_ray.config import Experiment, dump_experiment
+from fedlpp_ray.report import console_table, save_plot, summarize
+from fedlpp_ray.runtime import PlacementError, connect
+from fedlpp_ray.runtime.space import load_space
+from fedlpp_ray.runtime.sweep import run_sweep
+
+SPACE = """
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+base = "tiny.yaml"
+# The first refuses every update; the second is stopped after its first round; the third is well.
+param_space = {
+    "server.max_update_norm": tune.grid_search([1e-9, 999.0, 1000.0]),
+    "runtime.client_actors": 1,
+}
+objectives = {"server/accuracy": "max", "bytes/total": "min"}
+
+
+class StopSecond(FIFOScheduler):
+    def on_trial_result(self, controller, trial, result):
+        if trial.config["server.max_update_norm"] == 999.0:
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+
+tune_config = tune.TuneConfig(scheduler=StopSecond())
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    with connect():
+        yield
+
+
+@pytest.fixture
+def space_file(tmp_path: Path, tiny_experiment: Experiment) -> Path:
+    (tmp_path / "tiny.yaml").write_text(dump_experiment(tiny_experiment, "tiny", "x"))
+    (tmp_path / "space.py").write_text(SPACE)
+    return tmp_path / "space.py"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_failed_and_stopped_trials_cost_only_themselves(space_file: Path) -> None:
+    space = load_space(space_file)
+    failed, stopped, well = run_sweep(space, str(space_file.parent / "out"), [])
+    assert failed.result is None
+    assert "its norm is" in (failed.error or "")
+    assert (stopped.result, stopped.error) == (None, None)
+    assert well.error is None
+    assert well.result is not None
+    assert len(well.result["history"]) == 3
+    table = summarize([failed, stopped, well], space.keys, space.objectives)
+    assert list(table["non_dominated"]) == [False, False, True]
+    assert math.isnan(table["server/accuracy"][1])
+    console_table(table, space.keys)
+    save_plot(table, space.keys, space_file.parent / "x.png")
+    check_nothing_is_left()
+
+
+def check_nothing_is_left() -> None:
+    for _ in range(100):
+        actors = ray._private.state.actors().values()
+        alive = [actor for actor in actors if actor["State"] != "DEAD"]
+        if not alive:
+            break
+        time.sleep(0.2)
+    assert alive == []
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_sweep_that_cannot_be_placed_starts_nothing(space_file: Path) -> None:
+    space = load_space(space_file, ["runtime.client_cpus=99.0"])
+    with pytest.raises(PlacementError, match="one actor requires 99 CPU"):
+        run_sweep(space, str(space_file.parent / "out"), [])
+    assert not (space_file.parent / "out").exists()
