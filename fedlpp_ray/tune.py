@@ -60,7 +60,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     tracker = Tracker(uri, space.name, local / "mlartifacts")
     console.print(f"{space.name}: {space.total} trials, storage {options.storage}")
     progress = ProgressCallback(space.total, space.keys)
-    log = MlflowCallback(uri, space.name, space.base, local / "mlartifacts")
+    log = MlflowCallback(uri, space.name, space.base, space.keys, local / "mlartifacts")
     with connect():
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])

@@ -38,11 +38,15 @@ class MlflowCallback(Callback):
         uri: Tracking URI.
         sweep: Name of the sweep, its MLflow experiment.
         base: The experiment that trials vary.
+        keys: The searched keys, which name the runs.
         artifacts: Folder for artifacts where the store is SQLite.
     """
 
-    def __init__(self, uri: str, sweep: str, base: Experiment, artifacts: Path) -> None:
-        self._uri, self._sweep, self._base, self._artifacts = uri, sweep, base, artifacts
+    def __init__(
+        self, uri: str, sweep: str, base: Experiment, keys: list[str], artifacts: Path
+    ) -> None:
+        self._uri, self._sweep, self._base = uri, sweep, base
+        self._keys, self._artifacts = keys, artifacts
         self._tracker: Any = None
         self._runs: dict[str, str] = {}
 
@@ -74,10 +78,7 @@ class MlflowCallback(Callback):
 
             config = self._base.with_values(trial.config).model_dump(mode="json")
             tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
-            name = " ".join(
-                f"{key.rpartition('.')[2]}={value}"
-                for key, value in (trial.evaluated_params or trial.config).items()
-            )
+            name = " ".join(f"{key.rpartition('.')[2]}={trial.config[key]}" for key in self._keys)
             self._runs[trial.trial_id] = self._tracker.open(name, config, tags)
         return self._runs[trial.trial_id]
 

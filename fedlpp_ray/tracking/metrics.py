@@ -36,14 +36,14 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     MLflow shows each prefix as a section of its own.
     """
     record = history[-1]
-    metrics: dict[str, float] = {ROUND: record.round}
+    metrics: dict[str, float] = {}  # the first name is what MLflow's compare page opens with
     if record.evaluation is not None:
         for model in EVALUATED:
             metrics |= _prefixed(model, getattr(record.evaluation, model))
     metrics["train/loss"] = sum(record.loss) / len(record.loss)
     totals = total_bytes(transfer for past in history for transfer in past.ledger)
     metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
-    return metrics | _prefixed("seconds", record.seconds)
+    return metrics | _prefixed("seconds", record.seconds) | {ROUND: record.round}
 
 
 def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
