@@ -206,11 +206,3 @@ def test_the_extras_that_setup_asks_for_exist_and_bring_the_dashboard(shipped: C
     wanted = [line for extra in extras for line in project["optional-dependencies"][extra]]
     assert [name for name in ("ray[default]", "boto3") if name not in " ".join(wanted)] == []
     assert any(line.startswith("mlflow") for line in project["dependencies"])
-
-
-def test_the_code_does_not_ask_for_its_own_installed_version(shipped: ClusterFile) -> None:
-    """On the cluster only the dependencies are installed; the code comes with the job."""
-    own = re.compile(r"""["']fedlpp[-_]ray["']""")
-    sources = (shipped.root / "fedlpp_ray").rglob("*.py")
-    asking = [p for p in sources if "importlib.metadata" in p.read_text()]
-    assert [str(p) for p in asking if own.search(p.read_text())] == []
