@@ -150,8 +150,8 @@ def run(experiment: Experiment, initial: State) -> list[tuple[State, float, floa
             weight = text.examples[client] / total
             if experiment.server.weighting == "uniform":
                 weight = 1 / len(cohort)
-            for name, total in mean.items():
-                mean[name] = total + weight * (after[name] - broadcast[name]).double()
+            for name, partial in mean.items():
+                mean[name] = partial + weight * (after[name] - broadcast[name]).double()
         lr = experiment.server.lr
         new: State = {}
         for name, x in state.items():
