@@ -245,6 +245,8 @@ class Experiment(Section):
                 node = node.setdefault(section, {}) if isinstance(node, dict) else None
             if not isinstance(node, dict):
                 raise ConfigError(f"{where}: {key}: '{'.'.join(sections)}' holds no keys")
+            if isinstance(node.get(leaf), dict):
+                raise ConfigError(f"{where}: {key}: is a section; give its keys, e.g. {key}.x=...")
             node[leaf] = value
         return self.from_dict(nested, where)
 

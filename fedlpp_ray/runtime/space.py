@@ -94,6 +94,7 @@ def load_space(
     tune_config = module.get("tune_config", tune.TuneConfig())
     if not isinstance(tune_config, tune.TuneConfig):
         raise ConfigError(f"{path}: tune_config must be a ray.tune.TuneConfig")
+    _check_values(searched, tune_config, path)
     if all(map(_is_constant, searched.values())):
         raise ConfigError(f"{path}: param_space varies nothing; use tune.grid_search or a sampler")
     trials: list[dict[str, Any]] | None = _resolve(searched, tune_config, base.seed)[:max_trials]
@@ -129,6 +130,14 @@ def _objectives(objectives: dict[str, Any], path: Path) -> dict[str, Direction]:
         if direction not in ("max", "min"):
             raise ConfigError(f"{path}: objectives: {metric}: allowed: 'max', 'min'")
     return objectives
+
+
+def _check_values(searched: dict[str, Any], tune_config: tune.TuneConfig, path: Path) -> None:
+    for key, value in searched.items():
+        if isinstance(value, dict) and set(value) != {"grid_search"}:
+            raise ConfigError(f"{path}: {key}: is a section; give its keys, e.g. '{key}.x': ...")
+    if tune_config.num_samples < 1 and tune_config.search_alg is None:
+        raise ConfigError(f"{path}: num_samples = {tune_config.num_samples}: must be at least 1")
 
 
 def _is_constant(value: Any) -> bool:

@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.runtime.placement import bundles, check_fits
 from fedlpp_ray.runtime.space import SearchSpace
 from fedlpp_ray.runtime.trial import RESULT, run_trial, trial_resources
@@ -57,7 +58,7 @@ def run_sweep(
         check_fits(bundles(experiment))
     trainable = tune.with_resources(
         partial(run_trial, base=space.base),
-        lambda config: trial_resources(space.base.with_values(config, "trial")),
+        lambda config: trial_resources(_experiment(space, config)),
     )
     folder, mark, query = storage.partition("?")  # s3://bucket/folder?endpoint_override=...
     path = f"{folder.rstrip('/')}/{space.name}{mark}{query}"
@@ -77,6 +78,17 @@ def run_sweep(
             ),
         )
     return sorted(map(_outcome, tuner.fit()), key=lambda outcome: outcome.trial)
+
+
+def _experiment(space: SearchSpace, config: dict[str, Any]) -> Experiment:
+    """A trial's experiment; the base where a searcher chose an invalid one.
+
+    Such a trial is started all the same, to fail on its own with the reason.
+    """
+    try:
+        return space.base.with_values(config)
+    except ConfigError:
+        return space.base
 
 
 def _tune_config(space: SearchSpace) -> tune.TuneConfig:

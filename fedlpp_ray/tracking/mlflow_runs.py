@@ -16,6 +16,9 @@ from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A store that is gone must not hold up a sweep for minutes at every report.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag

@@ -107,6 +107,12 @@ def test_a_searcher_is_left_to_choose(write) -> None:
             "tune_config must be",
         ),
         ("param_space = {'lora.rank': tune.grid_search([2])}\nbase = 'gone.yaml'", "no such file"),
+        ("param_space = {'lora': {'rank': tune.grid_search([2, 4])}}", "lora: is a section"),
+        (
+            "param_space = {'client.lr': tune.uniform(0.1, 1)}\n"
+            "tune_config = tune.TuneConfig(num_samples=-1)",
+            "num_samples = -1: must be at least 1",
+        ),
         ("param_space = (", "space.py: SyntaxError"),
         ("import no_such_module", "space.py: ModuleNotFoundError: .*no_such_module"),
         (

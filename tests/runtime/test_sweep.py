@@ -83,6 +83,42 @@ def check_nothing_is_left() -> None:
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
 
+SEARCHED = """
+from ray import tune
+from ray.tune.search import Searcher
+
+
+class Chooser(Searcher):
+    def suggest(self, trial_id):
+        self.ranks = getattr(self, "ranks", [4, 0])
+        return {"lora.rank": self.ranks.pop(), "runtime.client_actors": 1}
+
+    def on_trial_complete(self, trial_id, result=None, error=False):
+        pass
+
+    def save(self, checkpoint_path):
+        pass
+
+    def restore(self, checkpoint_path):
+        pass
+
+
+base = "tiny.yaml"
+param_space = {"lora.rank": tune.randint(1, 8)}
+objectives = {"server/accuracy": "max"}
+tune_config = tune.TuneConfig(num_samples=2, search_alg=Chooser("server/accuracy", "max"))
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_invalid_choice_of_a_searcher_costs_only_itself(space_file: Path) -> None:
+    space_file.write_text(SEARCHED)
+    outcomes = run_sweep(load_space(space_file), str(space_file.parent / "out"), [])
+    by_rank = {outcome.config["lora.rank"]: outcome for outcome in outcomes}
+    assert "lora.rank: must be greater than or equal to 1" in (by_rank[0].error or "")
+    assert by_rank[4].result is not None
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_that_cannot_be_placed_starts_nothing(space_file: Path) -> None:
     space = load_space(space_file, ["runtime.client_cpus=99.0"])
