@@ -89,6 +89,9 @@ from ray.tune.search import Searcher
 
 
 class Chooser(Searcher):
+    def set_search_properties(self, metric, mode, config, **spec):
+        return True
+
     def suggest(self, trial_id):
         self.ranks = getattr(self, "ranks", [4, 0])
         return {"lora.rank": self.ranks.pop(), "runtime.client_actors": 1}
