@@ -88,12 +88,12 @@ def _show(
             console.print(f"trial {outcome.trial} failed: {outcome.error}", markup=False)
     if any(outcome.result for outcome in outcomes):
         report.save_plot(table, space.keys, folder / "sweep.png")
-        console.print(f"plot   {folder / 'sweep.png'}")
-    console.print(f"table  {folder / 'sweep.csv'}")
+        console.print(f"plot     {os.path.relpath(folder / 'sweep.png')}")
+    console.print(f"table    {os.path.relpath(folder / 'sweep.csv')}")
     tags = [{SWEEP_TAG: space.name, TRIAL_TAG: outcome.trial} for outcome in outcomes]
     runs = [run for run in map(tracker.find, tags) if run]
     if tracker.ui_command:
-        console.print(f"MLflow {tracker.ui_command}")
+        console.print(f"MLflow   {tracker.ui_command}")
     console.print(f"charts   {tracker.charts_link()}")
     console.print(f"compare  {tracker.compare_link(runs)}")
 
