@@ -46,10 +46,15 @@ def restore(federation: Federation, folder: Path) -> None:
     """
     if load_experiment(folder / EXPERIMENT) != federation.experiment:
         raise ConfigError(f"{folder}: this checkpoint is of another experiment")
-    history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
     files = {path.name: path.read_bytes() for path in (folder / ADAPTER).iterdir()}
     federation.backend.restore(files)
-    federation.history = [RoundRecord.from_dict(record) for record in history]
+    federation.history = read_history(folder)
+
+
+def read_history(folder: Path) -> list[RoundRecord]:
+    """The finished rounds of a checkpoint."""
+    records = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    return [RoundRecord.from_dict(record) for record in records]
 
 
 def write_adapter(files: dict[str, bytes], folder: Path) -> None:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.tracking.metrics import PROTECTION, ROUND
+from fedlpp_ray.federation.checkpoint import read_history
+from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, round_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,7 @@ class MlflowCallback(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
         """Log one round, or the final numbers."""
-        metrics = reported(result)
-        log = "log_final" if PROTECTION in metrics else "log_round"
-        self._try(lambda: getattr(self._tracker, log)(self._run(trial), metrics))
+        self._try(lambda: self._log(trial, reported(result)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Add the artifacts and end the run."""
@@ -71,6 +70,20 @@ class MlflowCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """End the run as failed, with what there is."""
         self._try(lambda: self._close(trial, "FAILED"))
+
+    def _log(self, trial: Any, metrics: Mapping[str, float]) -> None:
+        run, final = self._run(trial), PROTECTION in metrics
+        first, last = self._tracker.last_round(run) + 1, int(metrics[ROUND])
+        if (first < last or (final and first == last)) and trial.checkpoint:
+            # A driver that was killed had not yet logged what its trial had already reported.
+            with trial.checkpoint.as_directory() as folder:
+                history = read_history(Path(folder))
+            for number in range(first, min(last, len(history)) + 1):
+                self._tracker.log_round(run, round_metrics(history[:number]))
+        if final:
+            self._tracker.log_final(run, metrics)
+        else:
+            self._tracker.log_round(run, metrics)
 
     def _run(self, trial: Any) -> str:
         if trial.trial_id not in self._runs:

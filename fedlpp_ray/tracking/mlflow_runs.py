@@ -94,8 +94,12 @@ class Tracker:
 
     def log_round(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """One batch at the step of the metrics' round; a round logged before is left alone."""
-        if metrics[ROUND] > self._metrics(run_id).get(ROUND, 0):
+        if metrics[ROUND] > self.last_round(run_id):
             self._log(run_id, metrics, int(metrics[ROUND]))
+
+    def last_round(self, run_id: str) -> int:
+        """The last round that was logged, or 0."""
+        return int(self._metrics(run_id).get(ROUND, 0))
 
     def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """One batch of those metrics that the run does not have yet."""
