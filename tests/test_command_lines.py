@@ -79,7 +79,7 @@ def test_train_in_process_and_in_ray_write_the_same_result(
         (["train", "tiny.yaml", "lora.targets=[nope]"], "linear layers: query, key"),
         (["train", "tiny.yaml", "federation.clients=999"], "federation.clients = 999"),
         (["train", "tiny.yaml", "task.text_column=x"], "its columns: text, label"),
-        (["train", "tiny.yaml", "runtime.client_gpus=1.0"], "requires 1 GPU"),
+        (["train", "tiny.yaml", "runtime.client_gpus=1.0"], "0.5 CPU and 1 GPU"),
         (["tune", "gone.py"], "gone.py: no such file"),
         (["tune", "space.py", "downlink.kind=x"], "downlink.kind: allowed"),
         (["tune", "space.py", "model.name=./gone"], "no such file or folder"),

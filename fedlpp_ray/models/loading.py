@@ -42,7 +42,8 @@ def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn
             name, num_labels=num_labels, dtype=torch.float32, **options
         )
     if model.config.pad_token_id is None:  # decoders look for the last token before it
-        model.config.pad_token_id = model.config.eos_token_id
+        end = model.config.eos_token_id  # some models name several
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 

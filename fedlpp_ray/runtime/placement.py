@@ -47,16 +47,17 @@ def check_fits(needed: list[Bundle]) -> None:
     Raises:
         PlacementError: stating what is required and what is available.
     """
-    limits, largest_node = _limits()
+    limits, nodes = _limits()
     required: Bundle = {}
     for bundle in needed:
+        if not any(_holds(node, bundle) for node in nodes):
+            largest = {key: max(node.get(key, 0) for node in nodes) for key in bundle}
+            raise PlacementError(
+                f"one actor requires {_words(bundle)}; no node has that, the largest has "
+                f"{_words(largest)}. {_ADVICE}"
+            )
         for resource, amount in bundle.items():
             required[resource] = required.get(resource, 0) + amount
-            if amount > largest_node.get(resource, 0):
-                raise PlacementError(
-                    f"one actor requires {amount:g} {resource}; the largest node has "
-                    f"{largest_node.get(resource, 0):g}. {_ADVICE}"
-                )
     for resource, amount in required.items():
         if amount > limits.get(resource, 0):
             raise PlacementError(
@@ -71,8 +72,16 @@ _ADVICE = (
 )
 
 
-def _limits() -> tuple[Bundle, Bundle]:
-    """Most that the cluster can ever have in total, and on one node."""
+def _holds(node: Bundle, bundle: Bundle) -> bool:
+    return all(amount <= node.get(key, 0) for key, amount in bundle.items())
+
+
+def _words(bundle: Bundle) -> str:
+    return " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
+
+
+def _limits() -> tuple[Bundle, list[Bundle]]:
+    """Most that the cluster can ever have in total, and its kinds of nodes."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     # Ray keeps the autoscaler's limits here; its own data library asks them the same way.
@@ -81,10 +90,7 @@ def _limits() -> tuple[Bundle, Bundle]:
         growth = state.get_max_resources_from_cluster_config() or {}
         total = {key: max(total.get(key, 0), growth.get(key, 0)) for key in {*total, *growth}}
         nodes += [dict(group.resources) for group in config.node_group_configs]
-    largest = {
-        key: max(node.get(key, 0) for node in nodes) for key in {k for n in nodes for k in n}
-    }
-    return total, largest
+    return total, nodes
 
 
 @contextmanager

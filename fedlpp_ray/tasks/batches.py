@@ -20,7 +20,10 @@ Encoded = list[tuple[Tensor, int]]
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     """Tokenize once, cut to `max_length` tokens, unpadded."""
     ids = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
-    return [(torch.tensor(x), label) for x, label in zip(ids, examples.labels, strict=True)]
+    return [
+        (torch.tensor(x, dtype=torch.int64), label)
+        for x, label in zip(ids, examples.labels, strict=True)
+    ]
 
 
 def collate(encoded: Sequence[tuple[Tensor, int]], pad: int) -> Batch:

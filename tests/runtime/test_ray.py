@@ -106,8 +106,11 @@ def test_resources_follow_from_the_experiment() -> None:
     ("values", "words"),
     [
         ({"runtime.client_actors": 99}, r"requires 10.5 CPU \(1 server and 20 client"),
-        ({"runtime.client_cpus": 64.0}, r"one actor requires 64 CPU; the largest node has \d"),
-        ({"runtime.client_gpus": 1.0}, r"requires 1 GPU; the largest node has 0"),
+        (
+            {"runtime.client_cpus": 64.0},
+            r"one actor requires 64 CPU; no node has that, the largest has \d",
+        ),
+        ({"runtime.client_gpus": 1.0}, r"requires 0.5 CPU and 1 GPU; .* and 0 GPU"),
     ],
 )
 def test_what_the_cluster_can_never_give_is_refused_at_once(
@@ -134,6 +137,10 @@ def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     check_fits([{"CPU": 30, "GPU": 1.0}] * 2)
     with pytest.raises(PlacementError, match="the cluster has 8"):
         check_fits([{"CPU": 1, "GPU": 1.0}] * 9)
+    # A node with the CPUs and another with the GPU do not make one that has both.
+    Group.resources = {"CPU": 1, "GPU": 4}
+    with pytest.raises(PlacementError, match=r"requires 2 CPU and 0.5 GPU; no node has that"):
+        check_fits([{"CPU": 2, "GPU": 0.5}])
 
 
 def test_no_room_in_time_is_said(tiny_experiment: Experiment) -> None:
