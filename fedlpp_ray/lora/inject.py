@@ -9,6 +9,7 @@ from torch import nn
 
 from fedlpp_ray.config import LoraConfig
 from fedlpp_ray.errors import UserError
+from fedlpp_ray.models import head_modules
 from fedlpp_ray.seeds import global_seed
 
 
@@ -17,7 +18,7 @@ class LoraError(UserError):
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
-    """Wrap a frozen sequence classifier with LoRA; the classification head is trained too.
+    """Wrap a frozen sequence classifier with LoRA; the whole classification head is trained too.
 
     An adapted layer computes h = W0 x + (alpha/r) B A x with A (r, d_in), B (d_out, r), B = 0.
 
@@ -36,6 +37,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=None if config.targets is None else list(config.targets),
+        modules_to_save=head_modules(model),  # PEFT alone would train its last layer only
     )
     try:
         with global_seed(seed, "lora"), warnings.catch_warnings():

@@ -8,11 +8,9 @@ from transformers.pytorch_utils import Conv1D
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
 from fedlpp_ray.models import bnb
 from fedlpp_ray.models.bnb import BaseFormatError
+from fedlpp_ray.models.head import head_modules
 from fedlpp_ray.models.packed import PackedLinear
 from fedlpp_ray.quantization import Quantizer
-
-HEADS = ("classifier", "score", "lm_head")
-"""Output layers. They are trained or tied to the embedding, so they stay in full precision."""
 
 
 def check_base(model: nn.Module, config: ClientConfig) -> None:
@@ -36,7 +34,7 @@ def check_base(model: nn.Module, config: ClientConfig) -> None:
 def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
     """Replace the backbone's linear layers by quantized ones, in place.
 
-    Embeddings, norms, biases and the output layer keep full precision, as in QLoRA.
+    Embeddings, norms, biases and the head keep full precision, as in QLoRA.
 
     Args:
         model: A frozen model as `load_classifier` returns it, without adapters.
@@ -66,8 +64,9 @@ def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The backbone's linear layers by name."""
+    head = head_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not set(name.split(".")) & set(HEADS)
+        if isinstance(module, nn.Linear) and name.partition(".")[0] not in head
     }

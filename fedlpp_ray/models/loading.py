@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from fedlpp_ray.assets import AssetError, check_sha256, locate
 from fedlpp_ray.config import ModelConfig
+from fedlpp_ray.models.head import head_modules
 from fedlpp_ray.seeds import global_seed
 
 
@@ -29,17 +30,32 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn.Module:
-    """The model W0 with a new classification head, frozen, fp32, in evaluation mode.
+    """The model W0 with a classification head, frozen, fp32, in evaluation mode.
 
     Parameters that the checkpoint lacks (the head) are drawn from `seed`, so that every process
-    has the same ones.
+    has the same ones; so is a head that the checkpoint has for another number of labels.
 
     Raises:
-        AssetError: as `load_tokenizer`.
+        AssetError: as `load_tokenizer`; or weights of the backbone have other shapes than its
+            configuration says.
     """
     with _reading(config) as (name, options), _quiet(), global_seed(seed, "model"):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=num_labels, dtype=torch.float32, **options
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=num_labels,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    head = head_modules(model)
+    mismatched = [
+        key for key, *_ in loading["mismatched_keys"] if key.partition(".")[0] not in head
+    ]
+    if mismatched:
+        raise AssetError(
+            f"model.name = '{config.name}': other shapes than its config.json says: "
+            f"{', '.join(sorted(mismatched)[:5])}"
         )
     if model.config.pad_token_id is None:  # decoders look for the last token before it
         end = model.config.eos_token_id  # some models name several

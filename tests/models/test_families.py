@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -39,6 +45,48 @@ def llama() -> nn.Module:
 def gpt2() -> nn.Module:
     config = GPT2Config(**SMALL, n_embd=64, n_layer=1, n_head=2)
     return GPT2ForSequenceClassification(config).requires_grad_(False)
+
+
+def distilbert() -> nn.Module:
+    config = DistilBertConfig(**SMALL, dim=64, n_layers=1, n_heads=2, hidden_dim=96)
+    return DistilBertForSequenceClassification(config).requires_grad_(False)
+
+
+def deberta() -> nn.Module:
+    config = DebertaV2Config(
+        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
+    )
+    return DebertaV2ForSequenceClassification(config).requires_grad_(False)
+
+
+def modernbert() -> nn.Module:
+    config = ModernBertConfig(
+        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
+    )
+    return ModernBertForSequenceClassification(config).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "head"),
+    [
+        (roberta, None, ["classifier.dense", "classifier.out_proj"]),
+        (llama, None, ["score"]),
+        (distilbert, ("q_lin", "v_lin"), ["classifier", "pre_classifier"]),
+        (deberta, None, ["classifier", "pooler.dense"]),
+        (modernbert, ("Wqkv",), ["classifier", "head.dense", "head.norm"]),
+    ],
+)
+def test_every_layer_of_the_head_is_trained_sent_and_kept_in_full_precision(
+    make, targets, head
+) -> None:
+    """PEFT alone leaves DeBERTa's pooler and ModernBERT's head random and frozen."""
+    base = quantize_base(make(), ClientConfig(base_bits=4))
+    packed = {name for name, module in base.named_modules() if isinstance(module, PackedLinear)}
+    assert packed
+    assert not any(name.startswith(layer) for name in packed for layer in head)
+    state = read_state(add_lora(base, LoraConfig(rank=2, targets=targets), 0))
+    found = {n.removeprefix("base_model.model.").rpartition(".")[0] for n in state if is_head(n)}
+    assert sorted(found) == head
 
 
 @pytest.mark.parametrize("make", [roberta, llama])

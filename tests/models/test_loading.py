@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,25 @@ def test_the_new_head_depends_on_the_seed_alone(tiny_model: Path) -> None:
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
     assert torch.equal(torch.rand(3), expected)  # the caller's generator is untouched
+
+
+def test_a_head_for_other_labels_is_drawn_anew(tiny_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(name=str(tiny_model))
+    fine_tuned = load_classifier(config, 5, seed=7)
+    fine_tuned.save_pretrained(tmp_path)
+    loaded = load_classifier(ModelConfig(name=str(tmp_path)), 3, seed=0)
+    expected = load_classifier(config, 3, seed=0)
+    assert state_digest(loaded.state_dict()) == state_digest(expected.state_dict())
+    same = load_classifier(ModelConfig(name=str(tmp_path)), 5, seed=0)  # as it was trained
+    assert torch.equal(same.classifier.weight, fine_tuned.classifier.weight)
+
+
+def test_a_backbone_of_other_shapes_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"intermediate_size": 96}))
+    with pytest.raises(AssetError, match=r"other shapes.*intermediate.dense.bias"):
+        load_classifier(ModelConfig(name=str(tmp_path)), 3, seed=0)
 
 
 def test_the_outline_has_the_models_layers_and_no_weights(tiny_model: Path) -> None:

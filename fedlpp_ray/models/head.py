@@ -1,0 +1,23 @@
+"""What sits on top of the pretrained backbone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules on top of the pretrained backbone that hold parameters.
+
+    For most classifiers that is one layer; for DistilBERT, DeBERTa or ModernBERT it is two, of
+    which the first has no weights in a checkpoint either. The head is trained whole, so it travels,
+    and it stays in full precision.
+
+    Args:
+        model: A transformers model with a task head.
+    """
+    backbone = model.base_model
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not backbone and any(True for _ in child.parameters())
+    ]
