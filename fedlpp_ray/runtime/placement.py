@@ -47,7 +47,7 @@ def check_fits(needed: list[Bundle]) -> None:
     Raises:
         PlacementError: stating what is required and what is available.
     """
-    limits, nodes = _limits()
+    limits, nodes = _limits(len(needed))
     required: Bundle = {}
     for bundle in needed:
         if not any(_holds(node, bundle) for node in nodes):
@@ -58,12 +58,20 @@ def check_fits(needed: list[Bundle]) -> None:
             )
         for resource, amount in bundle.items():
             required[resource] = required.get(resource, 0) + amount
+    server, *clients = needed
     for resource, amount in required.items():
         if amount > limits.get(resource, 0):
             raise PlacementError(
-                f"the run requires {amount:g} {resource} (1 server and {len(needed) - 1} client "
+                f"the run requires {amount:g} {resource} (1 server and {len(clients)} client "
                 f"actors); the cluster has {limits.get(resource, 0):g}. {_ADVICE}"
             )
+    room = max(_room(nodes, server, clients[0], home) for home in range(len(nodes)))
+    if room < len(clients):
+        raise PlacementError(
+            f"the run requires {len(clients)} client actors with {_words(clients[0])} each; beside "
+            f"the server the cluster's nodes and GPUs have room for {max(room, 0)} (an actor takes "
+            f"all of its bundle from one node, and a share of a GPU from one GPU). {_ADVICE}"
+        )
 
 
 _ADVICE = (
@@ -76,12 +84,42 @@ def _holds(node: Bundle, bundle: Bundle) -> bool:
     return all(amount <= node.get(key, 0) for key, amount in bundle.items())
 
 
+def _room(nodes: list[Bundle], server: Bundle, client: Bundle, home: int) -> int:
+    """Client actors for which there is room when the server is on node `home`, or -1."""
+    if not _holds(nodes[home], server):
+        return -1
+    return sum(
+        _room_on(node, server if number == home else {}, client)
+        for number, node in enumerate(nodes)
+    )
+
+
+def _room_on(node: Bundle, server: Bundle, client: Bundle) -> int:
+    """Client actors on one node. Ray counts in units of 1/10000 and shares out each GPU alone."""
+    cpus = _units(node.get("CPU", 0)) - _units(server.get("CPU", 0))
+    by_cpu = cpus // _units(client["CPU"])
+    share, used = _units(client.get("GPU", 0)), _units(server.get("GPU", 0))
+    if not share:
+        return by_cpu
+    gpus = [_units(1)] * int(node.get("GPU", 0))
+    if used:
+        gpus[0] -= used
+    return min(by_cpu, sum(gpu // share for gpu in gpus))
+
+
+def _units(amount: float) -> int:
+    return round(amount * 10_000)
+
+
 def _words(bundle: Bundle) -> str:
     return " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
 
 
-def _limits() -> tuple[Bundle, list[Bundle]]:
-    """Most that the cluster can ever have in total, and its kinds of nodes."""
+def _limits(wanted: int) -> tuple[Bundle, list[Bundle]]:
+    """Most that the cluster can ever have in total, and the nodes that it has or may start.
+
+    Of a kind of node that may be started, no more are listed than `wanted`.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     # Ray keeps the autoscaler's limits here; its own data library asks them the same way.
@@ -89,7 +127,9 @@ def _limits() -> tuple[Bundle, list[Bundle]]:
     if config := state.get_cluster_config():
         growth = state.get_max_resources_from_cluster_config() or {}
         total = {key: max(total.get(key, 0), growth.get(key, 0)) for key in {*total, *growth}}
-        nodes += [dict(group.resources) for group in config.node_group_configs]
+        for group in config.node_group_configs:
+            count = wanted if group.max_count < 0 else min(group.max_count, wanted)
+            nodes += [dict(group.resources)] * count
     return total, nodes
 
 

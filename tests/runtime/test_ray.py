@@ -128,6 +128,7 @@ def test_what_the_cluster_can_never_give_is_refused_at_once(
 def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     class Group:
         resources: dict[str, float] = {"CPU": 32, "GPU": 4}  # noqa: RUF012
+        max_count = 2
 
     state = ray._private.state.state
     config = SimpleNamespace(node_group_configs=[Group()])
@@ -141,6 +142,39 @@ def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     Group.resources = {"CPU": 1, "GPU": 4}
     with pytest.raises(PlacementError, match=r"requires 2 CPU and 0.5 GPU; no node has that"):
         check_fits([{"CPU": 2, "GPU": 0.5}])
+
+
+@pytest.mark.parametrize(
+    ("server", "clients", "nodes", "room"),
+    [
+        # Two GPUs have 2 GPUs of shares, but room for two shares of .6, not three.
+        ({"CPU": 1}, [{"CPU": 1, "GPU": 0.6}] * 3, [{"CPU": 16, "GPU": 2}], 2),
+        ({"CPU": 1}, [{"CPU": 1, "GPU": 0.5}] * 4, [{"CPU": 16, "GPU": 2}], 4),
+        ({"CPU": 1}, [{"CPU": 1, "GPU": 1 / 3}] * 3, [{"CPU": 16, "GPU": 1}], 3),
+        # The server's share leaves less than a client's on its GPU.
+        ({"CPU": 1, "GPU": 0.2}, [{"CPU": 1, "GPU": 0.9}] * 2, [{"CPU": 16, "GPU": 3}], 2),
+        ({"CPU": 1, "GPU": 0.2}, [{"CPU": 1, "GPU": 0.9}] * 2, [{"CPU": 16, "GPU": 2}], 1),
+        ({"CPU": 1, "GPU": 0.5}, [{"CPU": 1, "GPU": 0.25}] * 6, [{"CPU": 16, "GPU": 2}], 6),
+        # The server goes where it leaves most room.
+        ({"CPU": 1}, [{"CPU": 2}] * 3, [{"CPU": 4}, {"CPU": 3}], 3),
+        ({"CPU": 2}, [{"CPU": 2}] * 3, [{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], 2),
+    ],
+)
+def test_bundles_that_no_layout_can_hold_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    server: dict[str, float],
+    clients: list[dict[str, float]],
+    nodes: list[dict[str, float]],
+    room: int,
+) -> None:
+    total = {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU")}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    if room == len(clients):
+        check_fits([server, *clients])
+    else:
+        with pytest.raises(PlacementError, match=f"{len(clients)} client.* room for {room} "):
+            check_fits([server, *clients])
 
 
 def test_no_room_in_time_is_said(tiny_experiment: Experiment) -> None:
