@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import federation, quantizer
+from benchmarks import base, federation, quantizer
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -26,6 +26,13 @@ ratios, which were taken side by side in one run.
 {federation.__doc__.strip().splitlines()[0]}
 
 {federation.markdown(federation.measure(federation.default_experiment()))}
+
+## One training step, by the format of the client's base
+
+{base.__doc__.strip().splitlines()[0]} `ratio` is to the full-precision base. On a CPU,
+`dequantize_at_load` is the choice: the same numbers at no cost in time.
+
+{base.markdown(base.measure())}
 
 ## The quantizer, Mweights/s on one thread
 
