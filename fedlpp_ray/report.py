@@ -10,9 +10,8 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from fedlpp_ray.federation import RoundRecord
 from fedlpp_ray.runtime.sweep import TrialOutcome
-from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
+from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, short
 
 BEST = "non_dominated"
 _COLUMNS = {
@@ -30,24 +29,22 @@ _COLUMNS = {
 def summarize(
     outcomes: Iterable[TrialOutcome], keys: Sequence[str], objectives: Mapping[str, str]
 ) -> pd.DataFrame:
-    """One row a trial: searched keys, final metrics, error, and whether it is non-dominated.
+    """One row a trial: searched keys, status, last metrics, and whether it is non-dominated.
 
-    A trial that failed, or lacks an objective (undefined protection is NaN), is never
+    A trial that failed, was stopped, or lacks an objective (undefined protection is NaN), is never
     non-dominated.
     """
     rows = []
     for outcome in outcomes:
-        row: dict[str, Any] = {"trial": outcome.trial}
-        row |= {key: outcome.config[key] for key in keys}
-        if outcome.result:
-            history = [RoundRecord.from_dict(record) for record in outcome.result["history"]]
-            row |= round_metrics(history) | final_metrics(outcome.result)
+        searched = {key: outcome.config[key] for key in keys}
+        row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)
     for metric in objectives:
         if metric not in table:
             table[metric] = math.nan
-    table[BEST] = non_dominated(table[list(objectives)].to_numpy(float), objectives.values())
+    points = table[list(objectives)].astype(float).where(table["status"] == "finished")
+    table[BEST] = non_dominated(points.to_numpy(), objectives.values())
     return table
 
 
@@ -76,9 +73,11 @@ def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
     shown = Table("", *[key.rpartition(".")[2] for key in keys], *_COLUMNS.values(), box=None)
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
-        if isinstance(row["error"], str):
-            cells = ["failed", *[""] * (len(_COLUMNS) - 1)]
-        shown.add_row("*" if row[BEST] else "", *[str(row[key]) for key in keys], *cells)
+        if row["status"] != "finished":
+            last = row.get(ROUND, math.nan)
+            after = "" if math.isnan(last) else f" after round {last:.0f}"
+            cells[list(_COLUMNS).index(PROTECTION)] = f"{row['status']}{after}"
+        shown.add_row("*" if row[BEST] else "", *[short(row[key]) for key in keys], *cells)
     return shown
 
 
@@ -104,7 +103,7 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    finished = table[table["error"].isna() & table["server/accuracy"].notna()]
+    finished = table[table["status"] == "finished"]
     for number, (value, group) in enumerate(finished.groupby(keys[0], sort=False)):
         colour = f"C{number}"
         megabytes = group["bytes/total"] / 1e6

@@ -65,7 +65,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])
     _show(space, outcomes, local / space.name, tracker, console)
-    return 0 if any(outcome.result for outcome in outcomes) else 1
+    return 0 if any(outcome.status == "finished" for outcome in outcomes) else 1
 
 
 def _show(
@@ -86,7 +86,7 @@ def _show(
     for outcome in outcomes:
         if outcome.error:
             console.print(f"trial {outcome.trial} failed: {outcome.error}", markup=False)
-    if any(outcome.result for outcome in outcomes):
+    if any(outcome.status == "finished" for outcome in outcomes):
         report.save_plot(table, space.keys, folder / "sweep.png")
         console.print(f"plot     {os.path.relpath(folder / 'sweep.png')}")
     console.print(f"table    {os.path.relpath(folder / 'sweep.csv')}")

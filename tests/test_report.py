@@ -17,6 +17,7 @@ from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.results import result
 from fedlpp_ray.report import console_table, non_dominated, save_plot, summarize
 from fedlpp_ray.runtime.sweep import TrialOutcome
+from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 OBJECTIVES = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}
 
@@ -43,25 +44,33 @@ def outcomes(tiny_experiment: Experiment) -> list[TrialOutcome]:
     run = result(experiment, history, backend.measure_floor())
     undefined = run | {"protection": run["protection"] | {"value": None, "reason": "x"}}
     defined = run | {"protection": run["protection"] | {"value": 0.25}}
+    rounds = round_metrics(history)
+    trials = {
+        2: (rounds | final_metrics(defined), None),
+        4: (rounds | final_metrics(undefined), None),
+        8: ({}, "the actor died"),
+        3: (rounds | {"server/accuracy": 1.0}, None),
+    }
     return [
-        TrialOutcome("a", {"downlink.bits": 2, "lora.rank": 4}, defined, None),
-        TrialOutcome("b", {"downlink.bits": 4, "lora.rank": 4}, undefined, None),
-        TrialOutcome("c", {"downlink.bits": 8, "lora.rank": 4}, None, "the actor died"),
+        TrialOutcome(str(bits), {"downlink.bits": bits, "lora.rank": 4}, *reported)
+        for bits, reported in trials.items()
     ]
 
 
 def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutcome]) -> None:
     table = summarize(outcomes, ["downlink.bits", "lora.rank"], OBJECTIVES)
-    assert list(table["downlink.bits"]) == [2, 4, 8]
-    assert list(table["non_dominated"]) == [True, False, False]
-    assert list(table["error"].isna()) == [True, True, False]
+    assert list(table["downlink.bits"]) == [2, 4, 8, 3]
+    assert list(table["non_dominated"]) == [True, False, False, False]
+    assert list(table["status"]) == ["finished", "finished", "failed", "stopped"]
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(console_table(table, ["downlink.bits", "lora.rank"]))
-    best, undefined, failed = console.export_text().splitlines()[1:]
+    best, undefined, failed, stopped = console.export_text().splitlines()[1:]
     assert best.split()[:3] == ["*", "2", "4"]
     assert "+0.250" in best
     assert "undefined" in undefined
-    assert "failed" in failed
+    assert failed.split() == ["8", "4", "-", "-", "-", "-", "-", "failed", "-", "-"]
+    assert "1.000" in stopped
+    assert "stopped after round 1" in stopped
 
 
 def test_plots_are_drawn_also_of_sweeps_with_failures(
@@ -74,6 +83,6 @@ def test_plots_are_drawn_also_of_sweeps_with_failures(
 
 
 def test_a_sweep_of_failures_has_a_table(outcomes: list[TrialOutcome]) -> None:
-    table = summarize(outcomes[2:], ["downlink.bits"], OBJECTIVES)
+    table = summarize(outcomes[2:3], ["downlink.bits"], OBJECTIVES)
     assert list(table["non_dominated"]) == [False]
     console_table(table, ["downlink.bits"])

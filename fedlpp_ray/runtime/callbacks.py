@@ -19,15 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
-from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, round_metrics
+from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, named_values, reported, round_metrics
 
 logger = logging.getLogger(__name__)
-
-
-def reported(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the trial reported, without what Tune adds."""
-    names = (ROUND, PROTECTION, "floor", "strongest_client")
-    return {key: value for key, value in result.items() if "/" in key or key in names}
 
 
 class MlflowCallback(Callback):
@@ -60,7 +54,7 @@ class MlflowCallback(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        """Log one round, or the final numbers."""
+        """Log one round."""
         self._try(lambda: self._log(trial, reported(result)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -72,18 +66,15 @@ class MlflowCallback(Callback):
         self._try(lambda: self._close(trial, "FAILED"))
 
     def _log(self, trial: Any, metrics: Mapping[str, float]) -> None:
-        run, final = self._run(trial), PROTECTION in metrics
+        run = self._run(trial)
         first, last = self._tracker.last_round(run) + 1, int(metrics[ROUND])
-        if (first < last or (final and first == last)) and trial.checkpoint:
+        if first < last and trial.checkpoint:
             # A driver that was killed had not yet logged what its trial had already reported.
             with trial.checkpoint.as_directory() as folder:
                 history = read_history(Path(folder))
-            for number in range(first, min(last, len(history)) + 1):
+            for number in range(first, min(last - 1, len(history)) + 1):
                 self._tracker.log_round(run, round_metrics(history[:number]))
-        if final:
-            self._tracker.log_final(run, metrics)
-        else:
-            self._tracker.log_round(run, metrics)
+        self._tracker.log_round(run, metrics)
 
     def _run(self, trial: Any) -> str:
         if trial.trial_id not in self._runs:
@@ -91,7 +82,7 @@ class MlflowCallback(Callback):
 
             config = self._base.with_values(trial.config).model_dump(mode="json")
             tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
-            name = " ".join(f"{key.rpartition('.')[2]}={trial.config[key]}" for key in self._keys)
+            name = named_values(trial.config, self._keys)
             self._runs[trial.trial_id] = self._tracker.open(name, config, tags)
         return self._runs[trial.trial_id]
 
@@ -138,6 +129,8 @@ class ProgressCallback(Callback):
         if PROTECTION in metrics:
             value = metrics[PROTECTION]
             shown.append(f"protection {'undefined' if math.isnan(value) else f'{value:+.3f}'}")
+        else:
+            shown.append(f"stopped after round {metrics.get(ROUND, 0):.0f}")
         self._line(trials, trial, "  ".join(shown))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -151,5 +144,5 @@ class ProgressCallback(Callback):
     def _line(self, trials: list[Any], trial: Any, text: str) -> None:
         ended = 1 + sum(other.is_finished() for other in trials if other is not trial)
         self._bar.update(self._task, completed=ended)
-        searched = "  ".join(f"{key}={trial.config[key]}" for key in self._keys)
+        searched = named_values(trial.config, self._keys)
         self._console.print(f"trial {ended}/{self._total}  {searched}  {text}", highlight=False)

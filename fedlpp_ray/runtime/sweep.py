@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 from ray.tune import Callback
@@ -16,7 +15,8 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.runtime.placement import bundles, check_fits
 from fedlpp_ray.runtime.space import SearchSpace
-from fedlpp_ray.runtime.trial import RESULT, run_trial, trial_resources
+from fedlpp_ray.runtime.trial import run_trial, trial_resources
+from fedlpp_ray.tracking.metrics import PROTECTION, reported
 
 KEPT_CHECKPOINTS = 2
 
@@ -28,14 +28,21 @@ class TrialOutcome:
     Attributes:
         trial: Its id.
         config: Its dotted keys.
-        result: The finished run's result, or None.
+        metrics: What it reported last; `protection` is among them if its run is finished.
         error: Why it failed, or None.
     """
 
     trial: str
     config: dict[str, Any]
-    result: dict[str, Any] | None
+    metrics: dict[str, float]
     error: str | None
+
+    @property
+    def status(self) -> Literal["finished", "stopped", "failed"]:
+        """How it ended; "stopped" is by a scheduler, before its last round."""
+        if self.error:
+            return "failed"
+        return "finished" if PROTECTION in self.metrics else "stopped"
 
 
 def run_sweep(
@@ -106,9 +113,6 @@ def _tune_config(space: SearchSpace) -> tune.TuneConfig:
 
 def _outcome(outcome: Any) -> TrialOutcome:
     error = str(outcome.error) if outcome.error else None
-    result = None
-    if outcome.checkpoint and outcome.metrics and "protection" in outcome.metrics:
-        with outcome.checkpoint.as_directory() as folder:
-            result = json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
-    trial = outcome.metrics.get("trial_id", Path(outcome.path).name)
-    return TrialOutcome(trial, outcome.config, result, error)
+    metrics = outcome.metrics or {}
+    trial = metrics.get("trial_id", Path(outcome.path).name)
+    return TrialOutcome(trial, outcome.config, reported(metrics), error)

@@ -30,9 +30,10 @@ def trial_resources(experiment: Experiment) -> tune.PlacementGroupFactory:
 
 
 def run_trial(config: dict[str, Any], base: Experiment) -> None:
-    """Run `base` with the trial's dotted keys; report every round, and last the protection.
+    """Run `base` with the trial's dotted keys; report each round, the last one with protection.
 
-    Each report carries a checkpoint, so that a restarted trial goes on after its last round.
+    Each report carries a checkpoint, so that a restarted trial goes on after its last round. One
+    report a round, because a scheduler may stop a trial at any: also at the last.
     """
     experiment = base.with_values(config, "trial")
     with closing(RayBackend(experiment, get_current_placement_group())) as backend:
@@ -40,11 +41,13 @@ def run_trial(config: dict[str, Any], base: Experiment) -> None:
         if previous := tune.get_checkpoint():
             with previous.as_directory() as folder:
                 checkpoint.restore(federation, Path(folder))
-        for _ in federation.run():
-            _report(round_metrics(federation.history), federation, {})
-        outcome = result(experiment, federation.history, backend.measure_floor())
-        metrics = round_metrics(federation.history) | final_metrics(outcome)
-        _report(metrics, federation, {RESULT: json.dumps(outcome, indent=1)})
+        for record in federation.run():
+            metrics, files = round_metrics(federation.history), {}
+            if record.round == experiment.federation.rounds:
+                outcome = result(experiment, federation.history, backend.measure_floor())
+                metrics |= final_metrics(outcome)
+                files[RESULT] = json.dumps(outcome, indent=1)
+            _report(metrics, federation, files)
 
 
 def _report(metrics: dict[str, float], federation: Federation, files: dict[str, str]) -> None:

@@ -62,6 +62,21 @@ def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def reported(result: Mapping[str, Any]) -> dict[str, float]:
+    """Of a trial's result those numbers that the run reported, without what Tune adds."""
+    return {key: result[key] for key in METRICS if key in result}
+
+
+def named_values(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """`rank=4 lr=0.00153`: the searched values of a trial, short enough to be a run's name."""
+    return " ".join(f"{key.rpartition('.')[2]}={short(config[key])}" for key in keys)
+
+
+def short(value: Any) -> str:
+    """A value for people: a float in four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{key}": x for key, x in values.items() if key not in _NOT_MEASURED}
 

@@ -93,28 +93,19 @@ class Tracker:
         return str(runs[0].info.run_id) if runs else None
 
     def log_round(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """One batch at the step of the metrics' round; a round logged before is left alone."""
-        if metrics[ROUND] > self.last_round(run_id):
-            self._log(run_id, metrics, int(metrics[ROUND]))
+        """One batch at the step of the metrics' round; a round logged before is left alone.
+
+        Undefined values are left out.
+        """
+        step, now = int(metrics[ROUND]), int(time.time() * 1000)
+        if step > self.last_round(run_id):
+            batch = [Metric(k, v, now, step) for k, v in metrics.items() if not math.isnan(v)]
+            self.client.log_batch(run_id, metrics=batch)
 
     def last_round(self, run_id: str) -> int:
         """The last round that was logged, or 0."""
-        return int(self._metrics(run_id).get(ROUND, 0))
+        return int(self.client.get_run(run_id).data.metrics.get(ROUND, 0))
 
-    def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """One batch of those metrics that the run does not have yet."""
-        known = self._metrics(run_id)
-        new = {key: value for key, value in metrics.items() if key not in known}
-        self._log(run_id, new, int(metrics[ROUND]))
-
-    def _metrics(self, run_id: str) -> dict[str, float]:
-        return dict(self.client.get_run(run_id).data.metrics)
-
-    def _log(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        """One batch; undefined values are left out."""
-        now = int(time.time() * 1000)
-        batch = [Metric(k, v, now, step) for k, v in metrics.items() if not math.isnan(v)]
-        self.client.log_batch(run_id, metrics=batch)
 
     def close(
         self,
