@@ -106,7 +106,6 @@ class Tracker:
         """The last round that was logged, or 0."""
         return int(self.client.get_run(run_id).data.metrics.get(ROUND, 0))
 
-
     def close(
         self,
         run_id: str,
