@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,5 +22,35 @@ def run_command(command: Callable[[], int], console: Console) -> int:
     try:
         return command()
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
+        console.print(f"error: {reason}", style="red", markup=False)
         return BAD_INPUT
+
+
+def check_writable_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        UserError: naming the option.
+    """
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+    if new:
+        path.unlink()
+
+
+def check_writable_folder(option: str, path: Path) -> None:
+    """Make a folder, and refuse one in which nothing could be written.
+
+    Raises:
+        UserError: naming the option.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be made a folder: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{option} {path}: nothing can be written there")

@@ -36,7 +36,7 @@ def summarize(
     """
     rows = []
     for outcome in outcomes:
-        searched = {key: outcome.config[key] for key in keys}
+        searched = {key: _plain(outcome.config[key]) for key in keys}
         row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)
@@ -46,6 +46,11 @@ def summarize(
     points = table[list(objectives)].astype(float).where(table["status"] == "finished")
     table[BEST] = non_dominated(points.to_numpy(), objectives.values())
     return table
+
+
+def _plain(value: Any) -> Any:
+    """A value that a table can sort and group by."""
+    return short(value) if isinstance(value, list | tuple | None) else value
 
 
 def non_dominated(points: Any, directions: Iterable[str]) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -18,6 +19,11 @@ Schema = Mapping[str, tuple[int, ...]]
 def schema_of(state: State) -> Schema:
     """Names and shapes of everything in a state."""
     return {name: tuple(tensor.shape) for name, tensor in sorted(state.items())}
+
+
+def schema_digest(schema: Schema) -> str:
+    """SHA-256 over names and shapes."""
+    return hashlib.sha256(json.dumps(sorted(schema.items())).encode()).hexdigest()
 
 
 def state_digest(state: State) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedlpp_ray.command_line import run_command
-from fedlpp_ray.config import ConfigError, Experiment, load_experiment
+from fedlpp_ray.command_line import check_writable_file, check_writable_folder, run_command
+from fedlpp_ray.config import Experiment, load_experiment
 
 DEFAULT = "configs/trec_minilm.yaml"
 
@@ -41,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     experiment = load_experiment(options.config, options.overrides)
-    for path in (options.json, options.adapter):
-        _check_writable(path)
+    if options.json:
+        check_writable_file("--json", options.json)
+    if options.adapter:
+        check_writable_folder("--adapter", options.adapter)
     console.print(f"{options.config}: preparing ...", highlight=False)
     # These take seconds to import; a wrong configuration is refused before.
     from fedlpp_ray.federation import Federation, checkpoint, preflight
@@ -79,12 +81,6 @@ def _backend(experiment: Experiment, *, in_process: bool) -> Iterator[Any]:
         closing(RayBackend(experiment, group)) as backend,
     ):
         yield backend
-
-
-def _check_writable(path: Path | None) -> None:
-    """Refuse an output that could not be written, before anything is computed."""
-    if path is not None and not path.resolve().parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.resolve().parent} does not exist")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedlpp_ray.command_line import run_command
+from fedlpp_ray.command_line import check_writable_folder, run_command
+from fedlpp_ray.errors import UserError
 
 if TYPE_CHECKING:
     from fedlpp_ray.runtime.space import SearchSpace
@@ -55,6 +56,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     space = load_space(options.space, options.overrides, options.max_trials)
     remote = "://" in options.storage
     local = Path("results" if remote else options.storage).resolve()
+    _check_storage(options.storage, local, remote=remote)
     preflight.check(space.experiments())
     uri = options.tracking_uri or default_uri(local)
     tracker = Tracker(uri, space.name, local / "mlartifacts")
@@ -66,6 +68,19 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         outcomes = run_sweep(space, storage, [log, progress])
     _show(space, outcomes, local / space.name, tracker, console)
     return 0 if any(outcome.status == "finished" for outcome in outcomes) else 1
+
+
+def _check_storage(storage: str, local: Path, *, remote: bool) -> None:
+    """Refuse a place that cannot be written, before anything is computed."""
+    check_writable_folder("--storage", local)
+    if remote:
+        from pyarrow import ArrowException
+        from pyarrow.fs import FileSystem
+
+        try:
+            FileSystem.from_uri(storage)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"--storage {storage}: {error}") from error
 
 
 def _show(
@@ -85,7 +100,8 @@ def _show(
     console.print(f"* not dominated in: {', '.join(space.objectives)}")
     for outcome in outcomes:
         if outcome.error:
-            console.print(f"trial {outcome.trial} failed: {outcome.error}", markup=False)
+            reason = outcome.error.strip().splitlines()[-1]
+            console.print(f"trial {outcome.trial} failed: {reason}", markup=False)
     if any(outcome.status == "finished" for outcome in outcomes):
         report.save_plot(table, space.keys, folder / "sweep.png")
         console.print(f"plot     {os.path.relpath(folder / 'sweep.png')}")

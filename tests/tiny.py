@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
+)
 
 TOPICS = {
     "animal": ["cat", "dog", "cow", "horse", "sheep"],
@@ -39,6 +46,35 @@ def make_model(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
         max_position_embeddings=32,
     )
     BertForSequenceClassification(config).base_model.save_pretrained(folder)
+    return folder
+
+
+def make_decoder(folder: Path) -> Path:
+    """A random-init Qwen2 whose tokenizer pads with one token and whose configuration names none.
+
+    Qwen's own checkpoints are like that.
+    """
+    make_model(folder)
+    words = BertTokenizerFast.from_pretrained(folder).backend_tokenizer
+    for path in folder.iterdir():
+        path.unlink()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=32,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    Qwen2Model(config).save_pretrained(folder)
     return folder
 
 

@@ -47,7 +47,13 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: must hold keys with values, such as 'lora:' and 'rank: 4'")
     experiment = Experiment.from_dict({} if values is None else values, str(path))
     return experiment.with_values(parse_overrides(overrides), "command line")
 

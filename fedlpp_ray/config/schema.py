@@ -32,6 +32,7 @@ Block = Annotated[int, Field(ge=8, le=65536)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]
+Cpus = Annotated[float, Field(ge=0.001)]
 
 
 class Section(BaseModel):
@@ -48,7 +49,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
-    """Expected SHA-256 of a local folder's model.safetensors; another file is refused."""
+    """Expected SHA-256 of a local folder's model.safetensors; another file is refused, and so is
+    a hub name beside it."""
 
 
 class TaskConfig(Section):
@@ -77,6 +79,11 @@ class TaskConfig(Section):
         if self.name == "trec" and self.data is not None:
             raise ValueError(
                 "task.data belongs to task.name 'classification'; 'trec' brings its own data"
+            )
+        if self.held_out_split == self.train_split:
+            raise ValueError(
+                f"task.held_out_split = '{self.held_out_split}' is also task.train_split: what is "
+                "trained on cannot be held out; leave it out to set task.held_out examples aside"
             )
         return self
 
@@ -120,6 +127,8 @@ class ClientConfig(Section):
     lr: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size: Positive = 16
+    max_broadcast_norm: PositiveFloat = 1e4
+    """A broadcast with a larger L2 norm is refused."""
 
     @model_validator(mode="after")
     def _base_exists(self) -> Self:
@@ -192,13 +201,13 @@ class RuntimeConfig(Section):
 
     client_actors: Positive = 2
     """Client actors at most; each serves many clients, and no more start than a cohort has."""
-    client_cpus: PositiveFloat = 0.5
+    client_cpus: Cpus = 0.5
     """CPUs that one client actor reserves. Ray schedules by this number and does not enforce it."""
     client_gpus: GpuShare = 0.0
     """GPUs of one client actor: 0 (CPU), a share below 1 (its memory is capped), or 1."""
-    server_cpus: PositiveFloat = 0.5
+    server_cpus: Cpus = 0.5
     server_gpus: GpuShare = 0.0
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Torch threads in each actor. Fixed, because sums in another order give other bits."""
     start_timeout: PositiveFloat = 600.0
     """Seconds to wait for resources and actors before giving up with a message."""

@@ -9,7 +9,7 @@ from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.records import ClientUpdate, Floor
 from fedlpp_ray.federation.wire import UPLINK, downlink_codec
 from fedlpp_ray.lora import add_lora, read_state, write_state
-from fedlpp_ray.messages import Envelope, decode, encode
+from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier, quantize_base
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import State, schema_of
@@ -36,9 +36,13 @@ class ClientHost:
         self._host = host
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.client_gpus)
         self._text = FederatedText(experiment)
-        base = load_classifier(experiment.model, self._text.labels, experiment.seed)
-        base = quantize_base(base.to(self._device), experiment.client)
-        self._model = add_lora(base, experiment.lora, experiment.seed).to(self._device)
+        labels, pad, seed = self._text.labels, self._text.pad, experiment.seed
+        # Quantized before it moves: the device never holds the full base, and bitsandbytes
+        # quantizes int8 on the way there only.
+        base = quantize_base(
+            load_classifier(experiment.model, labels, pad, seed), experiment.client
+        )
+        self._model = add_lora(base, experiment.lora, seed).to(self._device)
         self._initial = read_state(self._model)
         self._schema = schema_of(self._initial)
         self._codec = downlink_codec(experiment.downlink, self._schema)
@@ -47,7 +51,7 @@ class ClientHost:
         """Local training of one client from the broadcast.
 
         Raises:
-            MessageError: the broadcast is not what this round expects.
+            MessageError: the broadcast is not what this round expects, or the training diverged.
         """
         start = time.perf_counter()
         received = self._receive(round, broadcast)
@@ -55,7 +59,14 @@ class ClientHost:
         after = read_state(self._model)
         update = {name: after[name] - received[name] for name in after}
         envelope = Envelope("update", round, client, self._text.examples[client])
-        payload = encode(envelope, update, UPLINK)
+        try:
+            payload = encode(envelope, update, UPLINK)
+        except MessageError as error:
+            lr = self._experiment.client.lr
+            raise MessageError(
+                f"round {round}: the training of client {client} diverged (client.lr = {lr:g}): "
+                f"{error}"
+            ) from None
         return ClientUpdate(client, payload, loss, time.perf_counter() - start, self._host)
 
     def evaluate(self, round: int, broadcast: bytes) -> tuple[Metrics, Metrics]:
@@ -75,7 +86,14 @@ class ClientHost:
         return Floor(base, local_only, strongest, self._text.examples[strongest])
 
     def _receive(self, round: int, broadcast: bytes) -> State:
-        state = decode(broadcast, Envelope("broadcast", round), self._schema, self._codec)
+        limit = self._experiment.client.max_broadcast_norm
+        expected = Envelope("broadcast", round)
+        try:
+            state = decode(broadcast, expected, self._schema, self._codec, max_norm=limit)
+        except MessageError as error:
+            raise MessageError(
+                f"round {round}, broadcast refused: {error} (client.max_broadcast_norm = {limit:g})"
+            ) from None
         write_state(self._model, state)
         return state
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.lora import add_lora
-from fedlpp_ray.models import check_base, load_outline
+from fedlpp_ray.models import check_base, check_text, load_outline, load_tokenizer
 from fedlpp_ray.tasks import load_task, partition
 
 
@@ -16,7 +16,7 @@ def check(experiments: Iterable[Experiment]) -> None:
     The models are built without weights.
 
     Raises:
-        AssetError, TaskError: a model or data cannot be used.
+        AssetError, TaskError: a model, its tokenizer or data cannot be used.
         BaseFormatError, LoraError: a client base or an adapter does not fit its model.
     """
     experiments = list(experiments)
@@ -27,5 +27,7 @@ def check(experiments: Iterable[Experiment]) -> None:
             partition(task.train.labels, federation, seed)
         for model, client, lora in {(user.model, user.client, user.lora) for user in users}:
             outline = load_outline(model, len(task.labels))
+            pad = load_tokenizer(model).pad_token_id
+            check_text(outline, model, pad, config.max_length)
             check_base(outline, client)
             add_lora(outline, lora, seed=0)

@@ -14,7 +14,7 @@ from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.records import ClientUpdate
 from fedlpp_ray.federation.wire import UPLINK, downlink_codec
 from fedlpp_ray.lora import add_lora, read_state, write_state
-from fedlpp_ray.messages import Envelope, decode, encode
+from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import State, schema_of, state_digest
@@ -39,7 +39,7 @@ class Server:
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
         text = FederatedText(experiment)
         self._examples, self._held_out = text.examples, text.held_out
-        base = load_classifier(experiment.model, text.labels, experiment.seed)
+        base = load_classifier(experiment.model, text.labels, text.pad, experiment.seed)
         self._model = add_lora(base, experiment.lora, experiment.seed).to(self._device)
         self._state = read_state(self._model)
         self._schema = schema_of(self._state)
@@ -72,7 +72,13 @@ class Server:
         examples = self._examples[update.client]
         expected = Envelope("update", round, update.client, examples)
         limit = self._experiment.server.max_update_norm
-        return decode(update.payload, expected, self._schema, UPLINK, max_norm=limit)
+        try:
+            return decode(update.payload, expected, self._schema, UPLINK, max_norm=limit)
+        except MessageError as error:
+            raise MessageError(
+                f"round {round}, update of client {update.client} refused: {error} "
+                f"(server.max_update_norm = {limit:g})"
+            ) from None
 
     def evaluate(self) -> Metrics:
         """Metrics of the full-precision base with the full-precision state."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlpp_ray.errors import UserError
+
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Expected dtype and shape of every tensor of a message."""
 
@@ -18,7 +20,7 @@ _HEADER_BYTES_PER_TENSOR = 1024
 _HEADER_BYTES = 4096
 
 
-class MessageError(ValueError):
+class MessageError(UserError):
     """A received message is not what was expected; it must not be used."""
 
 
@@ -66,10 +68,14 @@ def check_header(header: Any, expected: Mapping[str, Any]) -> None:
             raise MessageError(f"{field} is {header[field]!r}, expected {value!r}")
 
 
-def check_finite(name: str, tensor: Tensor, error: type[ValueError]) -> None:
-    """Refuse NaN and infinity with the given error."""
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        MessageError: naming the tensor.
+    """
     if not bool(torch.isfinite(tensor).all()):
-        raise error(f"{name}: holds NaN or infinity")
+        raise MessageError(f"{name}: holds NaN or infinity")
 
 
 def check_norm(state: Mapping[str, Tensor], limit: float) -> None:

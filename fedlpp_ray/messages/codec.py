@@ -1,9 +1,9 @@
 """Encoding and checked decoding of one state.
 
 A message is one safetensors file. Its metadata hold one key, `fedlpp`: the envelope (kind, round,
-client, examples), the format version, the quantizer and the schema, as JSON. Each tensor of the
-state travels as the parts of its quantized form (`NAME:codes`, `NAME:scales`, ...), or whole, in
-fp32, under its own name.
+client, examples), the format version, the quantizer and a digest of the schema, as JSON. Each
+tensor of the state travels as the parts of its quantized form (`NAME:codes`, `NAME:scales`, ...),
+or whole, in fp32, under its own name.
 
 The receiver says what it expects and believes nothing of the message before it has checked it. No
 pickle is involved.
@@ -29,7 +29,7 @@ from fedlpp_ray.messages.checks import (
     read_header,
 )
 from fedlpp_ray.quantization import QuantizedTensor, Quantizer
-from fedlpp_ray.state import Schema, State, schema_of
+from fedlpp_ray.state import Schema, State, schema_digest, schema_of
 
 FORMAT_VERSION = 1
 
@@ -73,13 +73,14 @@ def encode(
         generator: Needed by stochastic rounding only.
 
     Raises:
-        ValueError: a tensor is not finite, or stochastic rounding lacks a generator.
+        MessageError: a tensor is not finite.
+        ValueError: stochastic rounding lacks a generator.
     """
     parts: dict[str, Tensor] = {}
     for name, tensor in sorted(state.items()):
+        check_finite(name, tensor)
         quantizer = codec.of(name)
         if quantizer is None:
-            check_finite(name, tensor, ValueError)
             parts[name] = tensor.float().contiguous()
         else:
             for part, values in quantizer.quantize(tensor, generator).tensors().items():
@@ -116,7 +117,7 @@ def decode(
         raise MessageError(f"not a safetensors message: {error}") from None
     state = {name: _restore(name, schema[name], codec.of(name), tensors) for name in schema}
     for name, tensor in state.items():
-        check_finite(name, tensor, MessageError)
+        check_finite(name, tensor)
     check_norm(state, max_norm)
     return state
 
@@ -127,7 +128,7 @@ def _header(envelope: Envelope, schema: Schema, codec: Codec) -> str:
         **asdict(envelope),
         "quantizer": None if codec.quantizer is None else asdict(codec.quantizer),
         "full_precision": sorted(codec.full_precision),
-        "schema": {name: list(shape) for name, shape in schema.items()},
+        "schema": schema_digest(schema),
     }
     return json.dumps(header)
 

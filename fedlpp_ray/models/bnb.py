@@ -56,7 +56,8 @@ def quantize_linear(linear: nn.Linear, bits: int, *, double: bool) -> nn.Module:
 
     shape = (linear.in_features, linear.out_features)
     has_bias = linear.bias is not None
-    weight = linear.weight.detach().clone()
+    # From the CPU: int8 is made on the way to a device, not of weights that are there already.
+    weight = linear.weight.detach().to("cpu", copy=True)
     quantized: Any
     if bits == 4:
         quantized = bnb.Linear4bit(*shape, bias=has_bias, compute_dtype=torch.float32)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -17,23 +18,39 @@ from fedlpp_ray.seeds import global_seed
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer; one that has no padding token pads with its end token.
 
     Raises:
-        AssetError: the model is missing, is not the expected one, or the hub cannot be reached.
+        AssetError: the model is missing, is not the expected one, has no tokenizer or one that
+            cannot pad, or the hub cannot be reached.
     """
     with _reading(config) as (name, options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Without tokenizer files transformers makes one up, which knows special tokens alone.
+        raise AssetError(f"model.name = '{config.name}': it has no tokenizer files")
     if tokenizer.pad_token is None:  # decoders: padding is masked, so any token will do
+        if tokenizer.eos_token is None:
+            raise AssetError(
+                f"model.name = '{config.name}': its tokenizer has neither a padding nor an end "
+                "token; name one in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn.Module:
+def load_classifier(config: ModelConfig, num_labels: int, pad: int, seed: int) -> torch.nn.Module:
     """The model W0 with a classification head, frozen, fp32, in evaluation mode.
 
     Parameters that the checkpoint lacks (the head) are drawn from `seed`, so that every process
     has the same ones; so is a head that the checkpoint has for another number of labels.
+
+    Args:
+        config: Which model.
+        num_labels: Number of classes.
+        pad: The tokenizer's padding token. A decoder classifies at the last token before it, and
+            a checkpoint's own configuration may lack it or name another.
+        seed: Of the new head.
 
     Raises:
         AssetError: as `load_tokenizer`; or weights of the backbone have other shapes than its
@@ -57,9 +74,7 @@ def load_classifier(config: ModelConfig, num_labels: int, seed: int) -> torch.nn
             f"model.name = '{config.name}': other shapes than its config.json says: "
             f"{', '.join(sorted(mismatched)[:5])}"
         )
-    if model.config.pad_token_id is None:  # decoders look for the last token before it
-        end = model.config.eos_token_id  # some models name several
-        model.config.pad_token_id = end[0] if isinstance(end, list) else end
+    model.config.pad_token_id = pad
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -77,15 +92,56 @@ def load_outline(config: ModelConfig, num_labels: int) -> torch.nn.Module:
     return model.requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def check_text(model: torch.nn.Module, config: ModelConfig, pad: int, max_length: int) -> None:
+    """Refuse texts longer than the model has positions for, and a padding token it does not know.
+
+    Args:
+        model: The model, or its outline.
+        config: Where it came from.
+        pad: The tokenizer's padding token.
+        max_length: Longest text, in tokens.
+
+    Raises:
+        AssetError: naming `task.max_length`, or the model.
+    """
+    # In RoBERTa and its like the first position is that after the padding token's number.
+    reserved = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    if 0 < positions - sum(reserved) < max_length:
+        raise AssetError(
+            f"task.max_length = {max_length}: '{config.name}' has "
+            f"{positions - sum(reserved)} positions"
+        )
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if pad >= known:
+        raise AssetError(
+            f"model.name = '{config.name}': its tokenizer pads with token {pad}, but it embeds "
+            f"only {known} tokens"
+        )
+
+
 @contextmanager
 def _reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where to load from and with which options; checks the file and names a failure."""
     path = locate(config.name)
+    if path is None and config.sha256 is not None:
+        raise AssetError(
+            f"model.sha256 is checked on local folders and packages only, and '{config.name}' is "
+            "a hub name: give model.sha256=null, and model.revision to pin a commit"
+        )
+    if path is not None and config.revision is not None:
+        raise AssetError(
+            f"model.revision = '{config.revision}' belongs to hub names; '{config.name}' is local"
+        )
     if path is not None and config.sha256 is not None:
         check_sha256(path / "model.safetensors", config.sha256)
     try:
         yield (str(path), {}) if path else (config.name, {"revision": config.revision})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AssetError(f"model.name = '{config.name}': {error}") from error
 
 

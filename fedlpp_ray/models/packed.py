@@ -67,8 +67,8 @@ class _PackedMatmul(torch.autograd.Function):
         return functional.linear(x, layer.packed.dequantize(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return gradient @ ctx.layer.packed.dequantize(gradient.dtype), None, None
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        x = gradient @ ctx.layer.packed.dequantize(gradient.dtype) if needs_x else None
+        return x, gradient.flatten(0, -2).sum(0) if needs_bias else None, None

@@ -31,8 +31,12 @@ class Party:
     """
 
     def __init__(self, name: str, *arguments: Any) -> None:
-        module, _, kind = name.partition(":")
-        self._party = getattr(importlib.import_module(module), kind)(*arguments)
+        self._name, self._arguments = name, arguments
+
+    def start(self) -> None:
+        """Make the party. Not in the constructor, whose errors reach a caller as text only."""
+        module, _, kind = self._name.partition(":")
+        self._party = getattr(importlib.import_module(module), kind)(*self._arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the party."""
@@ -55,7 +59,8 @@ class RayBackend:
 
     Raises:
         PlacementError: the actors are not ready in `runtime.start_timeout`.
-        ray.exceptions.RayActorError: an actor could not be set up; it holds the reason.
+        AssetError, TaskError, UserError: a party could not be made.
+        ray.exceptions.RayActorError: an actor's process died.
     """
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
@@ -118,7 +123,7 @@ class RayBackend:
 
     def _wait_until_ready(self, timeout: float) -> None:
         actors = [self.server, *self.hosts]
-        ready = [actor.__ray_ready__.remote() for actor in actors]
+        ready = [actor.start.remote() for actor in actors]
         done, waiting = ray.wait(ready, num_returns=len(ready), timeout=timeout)
         try:
             ray.get(done)

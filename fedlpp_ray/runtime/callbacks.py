@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
+from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, named_values, reported, round_metrics
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class MlflowCallback(Callback):
         if trial.trial_id not in self._runs:
             from fedlpp_ray.tracking.mlflow_runs import SWEEP_TAG, TRIAL_TAG
 
-            config = self._base.with_values(trial.config).model_dump(mode="json")
+            config = self._base.with_values(values_of(trial.config)).model_dump(mode="json")
             tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
             name = named_values(trial.config, self._keys)
             self._runs[trial.trial_id] = self._tracker.open(name, config, tags)

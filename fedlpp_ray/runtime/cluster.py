@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+
+from fedlpp_ray.errors import UserError
 
 ENVIRONMENT = {
     # Threads that spin while they wait take the cores from the actors that work.
@@ -20,22 +23,47 @@ ENVIRONMENT = {
 """Set in every actor."""
 
 
+CONNECT_SECONDS = 10.0
+
+
+class ClusterError(UserError):
+    """There is no Ray cluster where one was named."""
+
+
 @contextmanager
 def connect() -> Iterator[None]:
     """A Ray cluster for the time of the block.
 
     The one that RAY_ADDRESS names (a submitted job has it), or else a private one on this machine,
     which ends with the block.
+
+    Raises:
+        ClusterError: no cluster answers at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(
-        address=address,
-        runtime_env={"env_vars": ENVIRONMENT},
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **({"include_dashboard": False} if address == "local" else {}),
-    )
+    _check_answers(address)
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": ENVIRONMENT},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({"include_dashboard": False} if address == "local" else {}),
+        )
+    except ConnectionError as error:
+        raise ClusterError(f"RAY_ADDRESS = '{address}': {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes for an address where nothing listens."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(f"RAY_ADDRESS = '{address}': nothing answers there ({error})") from None

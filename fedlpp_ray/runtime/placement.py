@@ -56,8 +56,9 @@ def check_fits(needed: list[Bundle]) -> None:
                 f"one actor requires {_words(bundle)}; no node has that, the largest has "
                 f"{_words(largest)}. {_ADVICE}"
             )
-        for resource, amount in bundle.items():
-            required[resource] = required.get(resource, 0) + amount
+    for resource in dict.fromkeys(key for bundle in needed for key in bundle):
+        units = sum(_units(bundle.get(resource, 0)) for bundle in needed)
+        required[resource] = units / _UNITS
     server, *clients = needed
     for resource, amount in required.items():
         if amount > limits.get(resource, 0):
@@ -80,6 +81,10 @@ _ADVICE = (
 )
 
 
+_UNITS = 10_000
+"""Ray counts resources in so many parts of one."""
+
+
 def _holds(node: Bundle, bundle: Bundle) -> bool:
     return all(amount <= node.get(key, 0) for key, amount in bundle.items())
 
@@ -95,7 +100,7 @@ def _room(nodes: list[Bundle], server: Bundle, client: Bundle, home: int) -> int
 
 
 def _room_on(node: Bundle, server: Bundle, client: Bundle) -> int:
-    """Client actors on one node. Ray counts in units of 1/10000 and shares out each GPU alone."""
+    """Client actors on one node; a share of a GPU comes from one GPU."""
     cpus = _units(node.get("CPU", 0)) - _units(server.get("CPU", 0))
     by_cpu = cpus // _units(client["CPU"])
     share, used = _units(client.get("GPU", 0)), _units(server.get("GPU", 0))
@@ -108,7 +113,7 @@ def _room_on(node: Bundle, server: Bundle, client: Bundle) -> int:
 
 
 def _units(amount: float) -> int:
-    return round(amount * 10_000)
+    return round(amount * _UNITS)
 
 
 def _words(bundle: Bundle) -> str:

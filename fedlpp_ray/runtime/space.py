@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
 from fedlpp_ray.tracking.metrics import METRICS
+
+TRIAL = "trial"
+"""Key of a resolved trial's number, beside its dotted keys, in Tune's configuration of it."""
 
 Direction = Literal["max", "min"]
 
@@ -53,6 +57,15 @@ class SearchSpace:
         return [key for key, value in self.param_space.items() if not _is_constant(value)]
 
     @property
+    def tuner_space(self) -> dict[str, Any]:
+        """What Tune is to search: the space for a searcher, or the resolved trials by number."""
+        if self.trials is None:
+            return self.param_space
+        numbers = tune.grid_search(list(range(len(self.trials))))
+        picked = {key: tune.sample_from(partial(_pick, self.trials, key)) for key in self.trials[0]}
+        return {TRIAL: numbers, **picked}
+
+    @property
     def total(self) -> int:
         """Number of trials."""
         return self.tune_config.num_samples if self.trials is None else len(self.trials)
@@ -62,6 +75,11 @@ class SearchSpace:
         if self.trials is None:
             return [self.base]
         return [self.base.with_values(trial, self.name) for trial in self.trials]
+
+
+def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted keys of one of Tune's trial configurations."""
+    return {key: value for key, value in config.items() if key != TRIAL}
 
 
 def load_space(
@@ -122,6 +140,8 @@ def _get(module: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 
 
 def _objectives(objectives: dict[str, Any], path: Path) -> dict[str, Direction]:
+    if not objectives:
+        raise ConfigError(f"{path}: objectives: name at least one; allowed: {', '.join(METRICS)}")
     for metric, direction in objectives.items():
         if metric not in METRICS:
             raise ConfigError(
@@ -138,6 +158,10 @@ def _check_values(searched: dict[str, Any], tune_config: tune.TuneConfig, path: 
             raise ConfigError(f"{path}: {key}: is a section; give its keys, e.g. '{key}.x': ...")
     if tune_config.num_samples < 1 and tune_config.search_alg is None:
         raise ConfigError(f"{path}: num_samples = {tune_config.num_samples}: must be at least 1")
+
+
+def _pick(trials: list[dict[str, Any]], key: str, spec: Any) -> Any:
+    return trials[spec.config.trial][key]  # by attribute, or Tune asks before it has the number
 
 
 def _is_constant(value: Any) -> bool:

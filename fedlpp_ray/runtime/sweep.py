@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from ray import tune
 from ray.tune import Callback
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.runtime.placement import bundles, check_fits
-from fedlpp_ray.runtime.space import SearchSpace
+from fedlpp_ray.runtime.space import SearchSpace, values_of
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
 
@@ -74,7 +73,7 @@ def run_sweep(
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space=space.param_space,
+            param_space=space.tuner_space,
             tune_config=_tune_config(space),
             run_config=tune.RunConfig(
                 name=space.name,
@@ -93,26 +92,24 @@ def _experiment(space: SearchSpace, config: dict[str, Any]) -> Experiment:
     Such a trial is started all the same, to fail on its own with the reason.
     """
     try:
-        return space.base.with_values(config)
+        return space.base.with_values(values_of(config))
     except ConfigError:
         return space.base
 
 
 def _tune_config(space: SearchSpace) -> tune.TuneConfig:
-    named = replace(
+    samples = space.tune_config.num_samples if space.trials is None else 1
+    return replace(
         space.tune_config,
+        num_samples=samples,
         reuse_actors=True,
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
-    if space.trials is None:
-        return named
-    preset = BasicVariantGenerator(points_to_evaluate=list(space.trials))
-    return replace(named, search_alg=preset, num_samples=len(space.trials))
 
 
 def _outcome(outcome: Any) -> TrialOutcome:
     error = str(outcome.error) if outcome.error else None
     metrics = outcome.metrics or {}
     trial = metrics.get("trial_id", Path(outcome.path).name)
-    return TrialOutcome(trial, outcome.config, reported(metrics), error)
+    return TrialOutcome(trial, values_of(outcome.config), reported(metrics), error)

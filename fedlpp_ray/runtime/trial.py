@@ -16,6 +16,7 @@ from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.results import result
 from fedlpp_ray.runtime.backend import RayBackend
 from fedlpp_ray.runtime.placement import STRATEGY, bundles
+from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 RESULT = "result.json"
@@ -35,7 +36,7 @@ def run_trial(config: dict[str, Any], base: Experiment) -> None:
     Each report carries a checkpoint, so that a restarted trial goes on after its last round. One
     report a round, because a scheduler may stop a trial at any: also at the last.
     """
-    experiment = base.with_values(config, "trial")
+    experiment = base.with_values(values_of(config), "trial")
     with closing(RayBackend(experiment, get_current_placement_group())) as backend:
         federation = Federation(experiment, backend)
         if previous := tune.get_checkpoint():

@@ -79,11 +79,16 @@ def _read(config: TaskConfig, split: str) -> Any:
             raise TaskError(
                 f"'{config.data}' is one file with one split, 'train'; there is no '{split}'"
             )
-        return datasets.load_dataset(_FORMATS[suffix], data_files=str(path), split="train")
+        # "None" and "NA" are texts like any other; pandas would take them for missing.
+        options = {"keep_default_na": False} if suffix == ".csv" else {}
+        return datasets.load_dataset(
+            _FORMATS[suffix], data_files=str(path), split="train", **options
+        )
     except TaskError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TaskError(f"task.data = '{config.data}' ({split}): {error}") from error
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else error
+        raise TaskError(f"task.data = '{config.data}' ({split}): {reason}") from error
 
 
 def _columns(data: Any, config: TaskConfig, split: str) -> tuple[list[str], list[str]]:
@@ -95,9 +100,13 @@ def _columns(data: Any, config: TaskConfig, split: str) -> tuple[list[str], list
                 f"its columns: {', '.join(data.column_names)}"
             )
     texts, labels = data[config.text_column], data[config.label_column]
-    missing = sum(value is None for value in [*texts, *labels])
+    pairs = zip(texts, labels, strict=True)
+    missing = [row for row, pair in enumerate(pairs, 1) if any(x in (None, "") for x in pair)]
     if missing:
-        raise TaskError(f"'{config.data}' ({split}) has {missing} missing texts or labels")
+        raise TaskError(
+            f"'{config.data}' ({split}): a text or label is missing in {len(missing)} examples, "
+            f"the first of which is number {missing[0]}"
+        )
     feature = data.features[config.label_column]
     names = feature.int2str if hasattr(feature, "int2str") else str
     try:

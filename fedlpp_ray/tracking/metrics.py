@@ -73,7 +73,9 @@ def named_values(config: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value for people: a float in four digits."""
+    """A value for people: a float in four digits, a list joined by plus signs."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

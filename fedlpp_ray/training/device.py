@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from fedlpp_ray.errors import UserError
+
 
 def configure_torch(threads: int, gpus: float) -> torch.device:
     """Fix the thread count, ask for deterministic kernels, and choose the device.
@@ -17,13 +19,13 @@ def configure_torch(threads: int, gpus: float) -> torch.device:
         gpus: 0 for the CPU, a share below 1, or 1.
 
     Raises:
-        RuntimeError: a GPU is asked for and CUDA is not available.
+        UserError: a GPU is asked for and CUDA is not available.
     """
     torch.set_num_threads(threads)
     if not gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             f"{gpus} GPU is asked for (runtime.client_gpus or server_gpus), but CUDA is not "
             "available here; set both to 0 to run on the CPU"
         )

@@ -55,7 +55,7 @@ def refusal(values: dict[str, object]) -> str:
         ({"federation.partition": "random"}, ["partition", "'iid' or 'dirichlet'"]),
         ({"server.rule": "average"}, ["server.rule", "'residual', 'replace' or 'pull'"]),
         ({"runtime.client_gpus": 2.0}, ["runtime.client_gpus", "less than or equal to 1"]),
-        ({"runtime.server_cpus": 0.0}, ["runtime.server_cpus", "greater than 0"]),
+        ({"runtime.server_cpus": 0.0}, ["runtime.server_cpus", "greater than or equal to 0.001"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0"]),
         ({"model.sha256": "abc"}, ["model.sha256", "abc"]),
         ({"lora": None}, ["lora: is a section"]),
@@ -153,7 +153,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
     [
         ("lora: {rank: 2, rank: 3}", "given twice: rank"),
         ("lora: [", "not YAML"),
-        ("- lora", "valid dictionary"),
+        ("- lora", "must hold keys with values"),
         ("lora:\n  rnk: 2", "lora.rnk: unknown key"),
     ],
 )

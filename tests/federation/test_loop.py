@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.federation import ClientUpdate, Federation, RoundRecord, checkpoint
 from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.loop import _Clock
 from fedlpp_ray.federation.results import result, run_protection
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.server import Server
@@ -211,3 +213,28 @@ def test_the_metrics_of_a_run_are_those_that_a_search_may_ask_for(
     outcome = result(tiny_experiment, history, backend.measure_floor())
     found = round_metrics(history) | final_metrics(outcome)
     assert set(found) == set(METRICS)
+
+
+def test_a_checkpoint_holds_the_state_also_of_rounds_that_are_not_evaluated(
+    tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    experiment = tiny_experiment.with_values({"evaluation.every": 3})
+    whole = run(experiment)
+    federation = Federation(experiment, InProcess(experiment))
+    next(federation.run())
+    checkpoint.save(federation, tmp_path)
+    restored = Federation(experiment, InProcess(experiment))
+    checkpoint.restore(restored, tmp_path)
+    list(restored.run())
+    assert numbers(restored.history) == numbers(whole)
+
+
+def test_communication_is_what_the_busiest_host_leaves_of_the_training_phase() -> None:
+    clock = _Clock()
+    with clock("train"):
+        time.sleep(0.3)
+    updates = [ClientUpdate(i, b"", 0.0, 0.1, host) for i, host in enumerate((0, 0, 1))]
+    seconds = clock.seconds(updates)
+    assert seconds["client_compute"] == pytest.approx(0.2)
+    assert seconds["communication"] == pytest.approx(seconds["train"] - 0.2)
+    assert seconds["communication"] > 0.09

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,7 +157,7 @@ HOSTILE = {
     "another round": (change_header(round=2), "round is 2, expected 3"),
     "a boolean for a number": (change_header(round=True), "round is True"),
     "another quantizer": (change_header(quantizer=None), "quantizer is None"),
-    "another schema": (change_header(schema={}), "schema is {}"),
+    "another schema": (change_header(schema="0"), "schema is '0'"),
     "a field too many": (change_header(extra=1), "the header's fields"),
     "a missing tensor": (
         change_tensor("t1:codes", None),
@@ -168,6 +169,19 @@ HOSTILE = {
     "a scale that is not finite": (change_tensor("t0:scales", torch.full((4,), math.inf)), "t0"),
     "a negative scale": (change_tensor("t0:scales", -torch.ones(4)), "t0"),
 }
+
+
+def test_a_header_longer_than_any_that_is_expected_is_not_read() -> None:
+    """Also where the whole message is no longer than one may be."""
+    most = int(re.findall(r"at most (\d+)", refusal(b"x" * 10**6))[0])
+    words = refusal((most - 8).to_bytes(8, "little") + b" " * (most - 8))
+    assert re.match(rf"a header of {most - 8} bytes; at most \d+ are expected", words)
+
+
+def refusal(payload: bytes) -> str:
+    with pytest.raises(MessageError) as error:
+        decode(payload, BROADCAST, schema_of(STATE), CODEC)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -21,7 +21,7 @@ from tests import tiny
 
 
 def classifier(folder: Path) -> nn.Module:
-    return load_classifier(ModelConfig(name=str(folder)), num_labels=3, seed=0)
+    return load_classifier(ModelConfig(name=str(folder)), 3, pad=0, seed=0)
 
 
 def batch() -> dict[str, Tensor]:

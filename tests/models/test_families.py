@@ -16,12 +16,14 @@ from transformers import (
     LlamaForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    RemBertConfig,
+    RemBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from fedlpp_ray.config import ClientConfig, LoraConfig
-from fedlpp_ray.lora import add_lora, read_state, write_state
+from fedlpp_ray.lora import LoraError, add_lora, read_state, write_state
 from fedlpp_ray.models import BaseFormatError, PackedLinear, quantize_base
 from fedlpp_ray.state import is_head
 
@@ -71,9 +73,9 @@ def modernbert() -> nn.Module:
     [
         (roberta, None, ["classifier.dense", "classifier.out_proj"]),
         (llama, None, ["score"]),
-        (distilbert, ("q_lin", "v_lin"), ["classifier", "pre_classifier"]),
+        (distilbert, None, ["classifier", "pre_classifier"]),
         (deberta, None, ["classifier", "pooler.dense"]),
-        (modernbert, ("Wqkv",), ["classifier", "head.dense", "head.norm"]),
+        (modernbert, None, ["classifier", "head.dense", "head.norm"]),
     ],
 )
 def test_every_layer_of_the_head_is_trained_sent_and_kept_in_full_precision(
@@ -118,3 +120,12 @@ def test_gpt2_adapts_but_its_base_cannot_be_quantized_yet() -> None:
     with pytest.raises(BaseFormatError, match=r"Conv1D.*allowed here: 32"):
         quantize_base(gpt2(), ClientConfig(base_bits=4))
     assert read_state(add_lora(quantize_base(gpt2(), ClientConfig()), LoraConfig(rank=2), 0))
+
+
+def test_an_architecture_without_default_targets_asks_for_them() -> None:
+    config = RemBertConfig(
+        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
+    )
+    model = RemBertForSequenceClassification(config)
+    with pytest.raises(LoraError, match=r"no default for 'rembert': name some.*query, key, value"):
+        add_lora(model, LoraConfig(rank=2), 0)

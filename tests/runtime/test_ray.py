@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from fedlpp_ray.assets import AssetError
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
@@ -155,6 +156,8 @@ def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"CPU": 1, "GPU": 0.2}, [{"CPU": 1, "GPU": 0.9}] * 2, [{"CPU": 16, "GPU": 3}], 2),
         ({"CPU": 1, "GPU": 0.2}, [{"CPU": 1, "GPU": 0.9}] * 2, [{"CPU": 16, "GPU": 2}], 1),
         ({"CPU": 1, "GPU": 0.5}, [{"CPU": 1, "GPU": 0.25}] * 6, [{"CPU": 16, "GPU": 2}], 6),
+        # Ray counts exactly: twenty times 0.1 is 2, whatever floats make of it.
+        ({"CPU": 0.1}, [{"CPU": 0.1}] * 19, [{"CPU": 2}], 19),
         # The server goes where it leaves most room.
         ({"CPU": 1}, [{"CPU": 2}] * 3, [{"CPU": 4}, {"CPU": 3}], 3),
         ({"CPU": 2}, [{"CPU": 2}] * 3, [{"CPU": 3}, {"CPU": 3}, {"CPU": 3}], 2),
@@ -192,7 +195,7 @@ def test_no_room_in_time_is_said(tiny_experiment: Experiment) -> None:
 def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> None:
     experiment = tiny_experiment.with_values({"model.name": "/nowhere"})
     with (
-        pytest.raises(ray.exceptions.RayActorError, match="no such file or folder"),
+        pytest.raises(AssetError, match="no such file or folder"),
         reserve(experiment) as group,
     ):
         RayBackend(experiment, group)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from ray import tune
+from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, dump_experiment
 from fedlpp_ray.config.schema import Experiment
-from fedlpp_ray.runtime.space import load_space
+from fedlpp_ray.runtime.space import load_space, values_of
 
 ROOT = Path(__file__).parents[2]
 HEADER = "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
@@ -47,6 +48,20 @@ def test_a_grid_gives_its_product_and_constants_do_not_vary(write) -> None:
     assert space.keys == ["lora.rank", "downlink.bits"]
     trials = {(e.lora.rank, e.downlink.bits, e.evaluation.every) for e in space.experiments()}
     assert trials == {(r, b, 3) for r in (2, 4) for b in ("ternary", 8)}
+
+
+def test_tune_gets_the_same_trials_lists_and_all(write) -> None:
+    """Tune takes a list among `points_to_evaluate` apart; a grid over numbers it leaves alone."""
+    space = load_space(
+        write(
+            "param_space = {'lora.targets': tune.grid_search([['query'], ['query', 'value']]), "
+            "'task.held_out_split': tune.choice([None, 'test']), 'client.lr': 1e-3}\n"
+            "tune_config = tune.TuneConfig(num_samples=2)"
+        )
+    )
+    configs = [spec["config"] for _, spec in generate_variants({"config": space.tuner_space})]
+    assert [values_of(config) for config in configs] == space.trials
+    assert [config["trial"] for config in configs] == [0, 1, 2, 3]
 
 
 def test_samplers_are_drawn_from_the_seed(write) -> None:
@@ -101,6 +116,10 @@ def test_a_searcher_is_left_to_choose(write) -> None:
         (
             "param_space = {'lora.rank': tune.grid_search([2])}\nobjectives = {'floor': 'up'}",
             "objectives: floor: allowed: 'max', 'min'",
+        ),
+        (
+            "param_space = {'lora.rank': tune.grid_search([2])}\nobjectives = {}",
+            "objectives: name at least one; allowed: server/accuracy",
         ),
         (
             "param_space = {'lora.rank': tune.grid_search([2])}\ntune_config = 3",

@@ -86,7 +86,7 @@ def test_a_missing_file_and_an_unknown_ending_are_refused(tmp_path: Path) -> Non
 def test_missing_values_and_a_single_label_are_refused(tmp_path: Path) -> None:
     rows = tiny.make_rows(20)
     path = tiny.write_csv(tmp_path / "gap.csv", [*rows, {"text": "the cat", "label": ""}])
-    with pytest.raises(TaskError, match="1 missing texts or labels"):
+    with pytest.raises(TaskError, match="missing in 1 examples, the first of which is number 21"):
         load_task(TaskConfig(name="classification", data=str(path), held_out=5))
     same = [row | {"label": "x"} for row in rows]
     path = tiny.write_csv(tmp_path / "one.csv", same)
