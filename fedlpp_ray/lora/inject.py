@@ -59,6 +59,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
         with global_seed(seed, "lora"), warnings.catch_warnings():
             # PEFT reads a property of transformers that the next release renames.
             warnings.filterwarnings("ignore", category=FutureWarning)
+            # It sets this by the layer, and says so of every Conv1D, whose A and B are a Linear's.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
         names = dict.fromkeys(name.rpartition(".")[2] for name in _linears(model))

@@ -7,7 +7,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
 from fedlpp_ray.models import bnb
-from fedlpp_ray.models.bnb import BaseFormatError
 from fedlpp_ray.models.head import head_modules
 from fedlpp_ray.models.packed import PackedLinear
 from fedlpp_ray.quantization import Quantizer
@@ -17,24 +16,18 @@ def check_base(model: nn.Module, config: ClientConfig) -> None:
     """Refuse a format that cannot store this model; its weights are not needed.
 
     Raises:
-        BaseFormatError: the layers are not linear layers; or bitsandbytes is not installed, or
-            cannot store a layer of this width.
+        BaseFormatError: bitsandbytes is not installed, or cannot store a layer of this width.
     """
-    if config.base_bits == FULL_PRECISION:
-        return
-    if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise BaseFormatError(
-            "client.base_bits: this model's layers are Conv1D (GPT-2), which no base format "
-            "stores; allowed here: 32"
-        )
-    if config.base_format == "bitsandbytes":
+    if config.base_bits != FULL_PRECISION and config.base_format == "bitsandbytes":
         bnb.check(_linears(model), config.base_bits)
 
 
 def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
     """Replace the backbone's linear layers by quantized ones, in place.
 
-    Embeddings, norms, biases and the head keep full precision, as in QLoRA.
+    Embeddings, norms, biases and the head keep full precision, as in QLoRA. So does a head that is
+    tied to the embeddings: both still hold one tensor. GPT-2's Conv1D becomes the `nn.Linear` that
+    computes the same, so that its blocks run along the inputs of one output, as everywhere else.
 
     Args:
         model: A frozen model as `load_classifier` returns it, without adapters.
@@ -57,16 +50,25 @@ def quantize_base(model: nn.Module, config: ClientConfig) -> nn.Module:
         if config.dequantize_at_load:
             dense = quantizer.quantize(linear.weight).dequantize()
             linear.weight = nn.Parameter(dense, requires_grad=False)
+            model.set_submodule(name, linear)
         else:
             model.set_submodule(name, PackedLinear(linear, quantizer))
     return model
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The backbone's linear layers by name."""
+    """The backbone's linear layers by name; a Conv1D as a linear layer that shares its tensors."""
     head = head_modules(model)
     return {
-        name: module
+        name: _as_linear(module) if isinstance(module, Conv1D) else module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.partition(".")[0] not in head
+        if isinstance(module, (nn.Linear, Conv1D)) and name.partition(".")[0] not in head
     }
+
+
+def _as_linear(layer: Conv1D) -> nn.Linear:
+    """y = x W + b with W (in, out) as y = x (W^T)^T + b: the weight is the view W^T (out, in)."""
+    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear
