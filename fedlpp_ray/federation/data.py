@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.models import load_tokenizer
 from fedlpp_ray.tasks import Batch, Encoded, encode, evaluation_batches, load_task, partition
@@ -15,6 +17,7 @@ class FederatedText:
 
     Attributes:
         labels: Number of classes.
+        partition: Which training examples each client has.
         examples: Number of training examples of each client.
         pad: Token id to pad with.
         held_out: Batches that every model is evaluated on.
@@ -27,25 +30,26 @@ class FederatedText:
         task = load_task(experiment.task)
         tokenizer = load_tokenizer(experiment.model)
         length = experiment.task.max_length
-        self._parts = partition(task.train.labels, experiment.federation, experiment.seed)
+        train = task.train
+        self.partition = partition(train.labels, experiment.federation, experiment.seed, train.keys)
         self.labels = len(task.labels)
-        self.examples = [len(part) for part in self._parts]
+        self.examples = array("q", self.partition.sizes.tobytes())
         self.pad: int = tokenizer.pad_token_id
         self.held_out: list[Batch] = evaluation_batches(
             encode(task.held_out, tokenizer, length), self.pad, experiment.evaluation.batch_size
         )
         self._tokenizer, self._length = tokenizer, length
-        self._train = task.train
+        self._train = train
         self._clients: dict[int, Encoded] = {}
 
     def client(self, client: int) -> Encoded:
         """A client's examples, tokenized when it is first sampled."""
         if client not in self._clients:
-            examples = self._train.take(self._parts[client].tolist())
+            examples = self._train.take(self.partition.indices(client).tolist())
             self._clients[client] = encode(examples, self._tokenizer, self._length)
         return self._clients[client]
 
     @property
     def strongest(self) -> int:
         """The client with the most examples, the lowest number among equals."""
-        return self.examples.index(max(self.examples))
+        return int(self.partition.sizes.argmax())

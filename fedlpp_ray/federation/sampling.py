@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+
+import numpy as np
 
 from fedlpp_ray.config import FederationConfig
 from fedlpp_ray.seeds import derive
 
 
-def sample_cohort(config: FederationConfig, seed: int, round: int) -> tuple[int, ...]:
+def sample_cohort(
+    config: FederationConfig, seed: int, round: int, sizes: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Clients of a round: `cohort_size` of them without replacement, in ascending order.
 
-    It depends on the seed and the round alone.
+    It depends on the seed, the round and, weighted, on the sizes.
+
+    Args:
+        config: How many are sampled of how many, and whether their sizes count.
+        seed: Of the experiment.
+        round: From 1.
+        sizes: (clients,) number of examples of each, above 0; `federation.sampling` 'examples'
+            needs it.
+
+    Raises:
+        ValueError: there is not one size for each client.
     """
-    rng = random.Random(derive(seed, "cohort", round))
-    return tuple(sorted(rng.sample(range(config.clients), config.cohort_size)))
+    purpose = derive(seed, "cohort", round)
+    if config.sampling == "uniform":
+        sample = random.Random(purpose).sample(range(config.clients), config.cohort_size)
+        return tuple(sorted(sample))
+    if sizes is None or len(sizes) != config.clients:
+        raise ValueError("federation.sampling 'examples' needs the size of each client")
+    # Who comes first, each at a rate of its size: drawing one after the other, each time in
+    # proportion to size among those left (Efraimidis and Spirakis, 2006, with -log of their key).
+    times = np.random.default_rng(purpose).standard_exponential(config.clients) / np.asarray(sizes)
+    first = np.argpartition(times, config.cohort_size - 1)[: config.cohort_size]
+    return tuple(np.sort(first).tolist())

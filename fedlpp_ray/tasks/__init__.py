@@ -3,7 +3,7 @@
 from fedlpp_ray.tasks.batches import Batch, Encoded, collate, encode, evaluation_batches
 from fedlpp_ray.tasks.classification import Examples, Task, TaskError
 from fedlpp_ray.tasks.metrics import UTILITY, Metrics, classification_metrics
-from fedlpp_ray.tasks.partition import partition
+from fedlpp_ray.tasks.partition import Partition, partition
 from fedlpp_ray.tasks.registry import load_task
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Encoded",
     "Examples",
     "Metrics",
+    "Partition",
     "Task",
     "TaskError",
     "classification_metrics",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +14,70 @@ from fedlpp_ray.tasks.classification import TaskError
 
 Indices = NDArray[np.int64]
 ATTEMPTS = 1000
+WORK = 10**9
+"""Examples and shares that all attempts together draw at most: minutes, then it is refused."""
 
 
-def partition(labels: Sequence[int], config: FederationConfig, seed: int) -> list[Indices]:
-    """Indices of each client's examples: disjoint, together all of them.
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Whose each training example is. Two flat arrays, whatever the number of clients.
+
+    Attributes:
+        order: (examples,) all indices, client by client and ascending within a client; those that
+            no client has come last.
+        offsets: (clients + 1,) where each client's indices begin in `order`, and the end.
+    """
+
+    order: Indices
+    offsets: Indices
+
+    @classmethod
+    def of(cls, owners: Indices, clients: int) -> Partition:
+        """From the client of each example; `clients` stands for none."""
+        sizes = np.bincount(owners, minlength=clients)[:clients]
+        return cls(np.argsort(owners, kind="stable"), np.concatenate(([0], np.cumsum(sizes))))
+
+    def __len__(self) -> int:
+        """Number of clients."""
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Indices:
+        """(clients,) number of examples of each."""
+        return np.diff(self.offsets)
+
+    @property
+    def left_out(self) -> int:
+        """Number of examples that no client has."""
+        return len(self.order) - int(self.offsets[-1])
+
+    def indices(self, client: int) -> Indices:
+        """(examples of the client,) ascending, a view.
+
+        Raises:
+            IndexError: there is no such client.
+        """
+        if not 0 <= client < len(self):
+            raise IndexError(f"client {client} of {len(self)}")
+        return self.order[self.offsets[client] : self.offsets[client + 1]]
+
+
+def partition(
+    labels: Sequence[int],
+    config: FederationConfig,
+    seed: int,
+    keys: Sequence[str] | None = None,
+) -> Partition:
+    """Give each client its examples: at least `min_examples`, none to two clients.
 
     Args:
         labels: The training labels, one an example.
         config: Number of clients, kind of partition, and the fewest examples of a client.
-        seed: The partition depends on it alone.
+        seed: All that is random depends on it alone.
+        keys: Whose each example is, for `natural`.
 
     Raises:
-        TaskError: the examples cannot give every client `min_examples`.
+        TaskError: the examples cannot give every client `min_examples`, or there are no keys.
     """
     if config.clients * config.min_examples > len(labels):
         raise TaskError(
@@ -33,39 +86,98 @@ def partition(labels: Sequence[int], config: FederationConfig, seed: int) -> lis
             f"examples; there are {len(labels)}"
         )
     rng = np.random.default_rng(derive(seed, "partition"))
-    return _PARTITIONERS[config.partition](np.asarray(labels), config, rng)
+    match config.partition:
+        case "iid":
+            owners = _iid(len(labels), config, rng)
+        case "dirichlet":
+            owners = _dirichlet(np.asarray(labels), config, rng)
+        case "quantity":
+            owners = _quantity(len(labels), config, rng)
+        case "natural":
+            owners = _natural(keys, config)
+    return Partition.of(owners, config.clients)
 
 
-def _iid(labels: Indices, config: FederationConfig, rng: np.random.Generator) -> list[Indices]:
-    """Equal shares of a random order."""
-    return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), config.clients)]
+# Each returns the client of every example, (examples,).
 
 
-def _dirichlet(
-    labels: Indices, config: FederationConfig, rng: np.random.Generator
-) -> list[Indices]:
+def _iid(examples: int, config: FederationConfig, rng: np.random.Generator) -> Indices:
+    """Equal shares of a random order; where that leaves a rest, one more for the first clients."""
+    share, rest = divmod(examples, config.clients)
+    sizes = np.full(config.clients, share)
+    sizes[:rest] += 1
+    return _shuffled(sizes, rng.permutation(examples))
+
+
+def _quantity(examples: int, config: FederationConfig, rng: np.random.Generator) -> Indices:
+    """Random shares, their sizes by Dirichlet(alpha) (quantity skew; Li et al., 2022, NIID-Bench).
+
+    What is beyond `min_examples` for each client is shared so, hence no draw is refused.
+    """
+    order = rng.permutation(examples)
+    sizes = _dirichlet_sizes(examples - config.clients * config.min_examples, config, rng)
+    return _shuffled(sizes + config.min_examples, order)
+
+
+def _shuffled(sizes: Indices, order: Indices) -> Indices:
+    """The first `sizes[0]` of the order are the first client's, and so on."""
+    owners = np.empty(len(order), np.int64)
+    owners[order] = np.repeat(np.arange(len(sizes)), sizes)
+    return owners
+
+
+def _dirichlet_sizes(total: int, config: FederationConfig, rng: np.random.Generator) -> Indices:
+    """(clients,) whole numbers that add up to `total`, in Dirichlet(alpha) proportions."""
+    shares = rng.dirichlet(np.full(config.clients, config.dirichlet_alpha))
+    cuts = np.round(np.cumsum(shares)[:-1] * total).astype(np.int64)
+    return np.diff(cuts, prepend=0, append=total)
+
+
+def _dirichlet(labels: Indices, config: FederationConfig, rng: np.random.Generator) -> Indices:
     """Each label's examples shared by Dirichlet(alpha) over the clients (Hsu et al., 2019).
 
     Drawn again until every client has `min_examples`.
     """
-    for _ in range(ATTEMPTS):
-        clients: list[list[Indices]] = [[] for _ in range(config.clients)]
-        for label in np.unique(labels):
+    classes = np.unique(labels)
+    owners = np.empty(len(labels), np.int64)
+    attempts = min(ATTEMPTS, 1 + WORK // (len(labels) + config.clients * len(classes)))
+    for _ in range(attempts):
+        for label in classes:
             members = rng.permutation(np.flatnonzero(labels == label))
-            shares = rng.dirichlet(np.full(config.clients, config.dirichlet_alpha))
-            cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-            for client, part in zip(clients, np.split(members, cuts), strict=True):
-                client.append(part)
-        parts = [np.sort(np.concatenate(client)) for client in clients]
-        if min(map(len, parts)) >= config.min_examples:
-            return parts
+            sizes = _dirichlet_sizes(len(members), config, rng)
+            owners[members] = np.repeat(np.arange(config.clients), sizes)
+        if np.bincount(owners, minlength=config.clients).min() >= config.min_examples:
+            return owners
     raise TaskError(
         f"no Dirichlet partition with federation.dirichlet_alpha = {config.dirichlet_alpha} gave "
-        f"each of {config.clients} clients {config.min_examples} examples in {ATTEMPTS} draws; "
+        f"each of {config.clients} clients {config.min_examples} examples in {attempts} draws; "
         "raise dirichlet_alpha, or lower clients or min_examples"
     )
 
 
-_PARTITIONERS: dict[
-    str, Callable[[Indices, FederationConfig, np.random.Generator], list[Indices]]
-] = {"iid": _iid, "dirichlet": _dirichlet}
+def _natural(keys: Sequence[str] | None, config: FederationConfig) -> Indices:
+    """A client is a key: the `clients` keys with most examples, numbered in the keys' order.
+
+    Among equals the first key goes before. The other keys' examples are left out.
+    """
+    if keys is None:
+        raise TaskError(
+            "federation.partition = 'natural' needs task.key_column, the column that says whose "
+            "each example is; only task.name 'classification' has one"
+        )
+    import pandas as pd  # half a second to import, and the other partitions do without
+
+    codes, names = pd.factorize(np.asarray(keys, dtype=object), sort=True)
+    sizes = np.bincount(codes)
+    enough = int((sizes >= config.min_examples).sum())
+    if enough < config.clients:
+        raise TaskError(
+            f"federation.clients = {config.clients}, but of the {len(names)} values of "
+            f"task.key_column only {enough} have federation.min_examples = "
+            f"{config.min_examples} training examples; lower clients or min_examples"
+        )
+    kept = np.sort(np.argsort(-sizes, kind="stable")[: config.clients])
+    client_of = np.full(len(names), config.clients)
+    client_of[kept] = np.arange(config.clients)
+    owners: Indices = client_of[codes]
+    return owners

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 @register("classification")
 def _classification(config: TaskConfig) -> Task:
     """A file or folder of one's own, or a data set on the hub, through `datasets`."""
-    train = _columns(_read(config, config.train_split), config, config.train_split)
+    data = _read(config, config.train_split)
+    train, keys = _columns(data, config, config.train_split), _keys(data, config)
     if config.held_out_split is None:
-        return make_task(*train, config.held_out)
+        return make_task(*train, config.held_out, keys)
     held_out = _read(config, config.held_out_split)
     held_out_columns = _columns(held_out, config, config.held_out_split)
-    return make_split_task(train, held_out_columns, config.held_out)
+    return make_split_task(train, held_out_columns, config.held_out, keys)
 
 
 def _read(config: TaskConfig, split: str) -> Any:
@@ -94,22 +95,47 @@ def _read(config: TaskConfig, split: str) -> Any:
 def _columns(data: Any, config: TaskConfig, split: str) -> tuple[list[str], list[str]]:
     """The texts and the names of their labels."""
     for key in ("text_column", "label_column"):
-        if getattr(config, key) not in data.column_names:
-            raise TaskError(
-                f"task.{key} = '{getattr(config, key)}' is not in '{config.data}' ({split}); "
-                f"its columns: {', '.join(data.column_names)}"
-            )
+        _check_column(data, config, key, split)
     texts, labels = data[config.text_column], data[config.label_column]
-    pairs = zip(texts, labels, strict=True)
-    missing = [row for row, pair in enumerate(pairs, 1) if any(x in (None, "") for x in pair)]
+    _check_present(zip(texts, labels, strict=True), "text or label", config, split)
+    return [str(text) for text in texts], _named(data, config.label_column, config, split)
+
+
+def _keys(data: Any, config: TaskConfig) -> list[str] | None:
+    """The key of each training example, if a column is named for it."""
+    if config.key_column is None:
+        return None
+    _check_column(data, config, "key_column", config.train_split)
+    _check_present(zip(data[config.key_column]), "key", config, config.train_split)
+    return _named(data, config.key_column, config, config.train_split)
+
+
+def _check_column(data: Any, config: TaskConfig, key: str, split: str) -> None:
+    if getattr(config, key) not in data.column_names:
+        raise TaskError(
+            f"task.{key} = '{getattr(config, key)}' is not in '{config.data}' ({split}); "
+            f"its columns: {', '.join(data.column_names)}"
+        )
+
+
+def _check_present(
+    rows: Iterable[tuple[Any, ...]], what: str, config: TaskConfig, split: str
+) -> None:
+    missing = [number for number, row in enumerate(rows, 1) if any(x in (None, "") for x in row)]
     if missing:
         raise TaskError(
-            f"'{config.data}' ({split}): a text or label is missing in {len(missing)} examples, "
+            f"'{config.data}' ({split}): a {what} is missing in {len(missing)} examples, "
             f"the first of which is number {missing[0]}"
         )
-    feature = data.features[config.label_column]
-    names = feature.int2str if hasattr(feature, "int2str") else str
+
+
+def _named(data: Any, column: str, config: TaskConfig, split: str) -> list[str]:
+    """A column's values as text, those of a `ClassLabel` by their names."""
+    feature = data.features[column]
+    name = feature.int2str if hasattr(feature, "int2str") else str
     try:
-        return [str(text) for text in texts], [names(label) for label in labels]
+        return [name(value) for value in data[column]]
     except ValueError as error:
-        raise TaskError(f"'{config.data}' ({split}) is not labelled: {error}") from error
+        raise TaskError(
+            f"'{config.data}' ({split}) is not labelled in '{column}': {error}"
+        ) from error

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from fedlpp_ray.config import ConfigError, FederationConfig, TaskConfig
-from fedlpp_ray.tasks import TaskError, classification_metrics, collate, load_task, partition
+from fedlpp_ray.config import ConfigError, TaskConfig
+from fedlpp_ray.tasks import TaskError, classification_metrics, collate, load_task
 from fedlpp_ray.tasks.batches import evaluation_batches
 from tests import tiny
 
@@ -94,58 +91,45 @@ def test_missing_values_and_a_single_label_are_refused(tmp_path: Path) -> None:
         load_task(TaskConfig(name="classification", data=str(path), held_out=5))
 
 
-# Partitions
+# Keys
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    kind=st.sampled_from(["iid", "dirichlet"]),
-    clients=st.integers(1, 12),
-    alpha=st.sampled_from([0.3, 1.0, 100.0]),
-    seed=st.integers(0, 1000),
-)
-def test_a_partition_gives_every_example_to_exactly_one_client(
-    kind: str, clients: int, alpha: float, seed: int
-) -> None:
-    labels = np.random.default_rng(seed).integers(0, 4, 300).tolist()
-    config = FederationConfig.model_validate(
-        {"partition": kind, "clients": clients, "dirichlet_alpha": alpha, "min_examples": 2}
-    )
-    parts = partition(labels, config, seed)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(300))
-    assert len(parts) == clients
-    assert min(map(len, parts)) >= 2
-    again = partition(labels, config, seed)
-    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+def write_keyed(path: Path, keys: list[str]) -> Path:
+    rows = tiny.make_rows(len(keys))
+    keyed = [
+        row | {"user": key, "text": f"{key} {row['text']}"}
+        for row, key in zip(rows, keys, strict=True)
+    ]
+    pd.DataFrame(keyed).to_csv(path, index=False)
+    return path
 
 
-def test_iid_shares_are_equal_and_dirichlet_shares_are_not() -> None:
-    labels = [0, 1, 2, 3] * 250
-
-    def most_common_label_share(kind: str, alpha: float) -> float:
-        config = FederationConfig.model_validate(
-            {"partition": kind, "clients": 10, "dirichlet_alpha": alpha}
-        )
-        parts = partition(labels, config, 0)
-        shares = [max(Counter(np.asarray(labels)[part]).values()) / len(part) for part in parts]
-        return float(np.mean(shares))
-
-    iid = most_common_label_share("iid", 1.0)
-    uneven, even = (
-        most_common_label_share("dirichlet", 0.1),
-        most_common_label_share("dirichlet", 1e4),
-    )
-    assert iid < 0.4
-    assert even < 0.4
-    assert uneven > 0.6
+def keyed_config(path: Path, **values: object) -> TaskConfig:
+    given = {"name": "classification", "data": str(path), "key_column": "user", "held_out": 10}
+    return TaskConfig.model_validate(given | values)
 
 
-def test_too_many_clients_are_refused_with_the_numbers() -> None:
-    with pytest.raises(TaskError, match=r"clients = 20.*min_examples = 8.*160.*there are 100"):
-        partition([0, 1] * 50, FederationConfig(clients=20), 0)
-    config = FederationConfig(clients=20, partition="dirichlet", dirichlet_alpha=0.01)
-    with pytest.raises(TaskError, match=r"raise dirichlet_alpha, or lower clients"):
-        partition([0, 1] * 200, config, 0)
+def test_keys_stay_with_their_texts(tmp_path: Path) -> None:
+    path = write_keyed(tmp_path / "data.csv", [f"u{i % 7}" for i in range(60)])
+    task = load_task(keyed_config(path))
+    assert task.train.keys is not None
+    assert [text.split()[0] for text in task.train.texts] == list(task.train.keys)
+    assert len(task.train.keys) == 50
+    assert load_task(keyed_config(path, key_column=None)).train.keys is None
+
+
+def test_keys_that_are_numbers_become_text(tmp_path: Path) -> None:
+    path = write_keyed(tmp_path / "data.csv", [str(i % 7) for i in range(60)])
+    assert set(load_task(keyed_config(path)).train.keys or ()) == set("0123456")
+
+
+def test_a_missing_key_or_column_of_keys_is_refused(tmp_path: Path) -> None:
+    path = write_keyed(tmp_path / "data.csv", ["a", "b"] * 30)
+    with pytest.raises(TaskError, match=r"task.key_column = 'who'.*its columns: .*user"):
+        load_task(keyed_config(path, key_column="who"))
+    path = write_keyed(tmp_path / "gap.csv", ["a", "b", ""] * 20)
+    with pytest.raises(TaskError, match=r"a key is missing in 20 examples.* number 3"):
+        load_task(keyed_config(path))
 
 
 # Batches and metrics
@@ -215,6 +199,12 @@ def test_a_held_out_split_is_used_and_label_names_are_kept(split_folder: Path) -
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(split_folder: Path) -> None:
     with pytest.raises(TaskError, match=r"\(test\).*train.*validation"):
         load_task(split_config(split_folder, held_out_split="test"))
+
+
+def test_a_held_out_split_needs_no_keys(split_folder: Path) -> None:
+    task = load_task(split_config(split_folder, key_column="y"))
+    assert task.train.keys == ("no", "yes") * 20  # a ClassLabel's names
+    assert task.held_out.keys is None
 
 
 def test_an_unlabelled_split_is_refused(split_folder: Path) -> None:
