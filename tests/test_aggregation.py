@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedlpp_ray.aggregation import apply_rule, weighted_mean, weights
+from fedlpp_ray.aggregation import make_optimizer, next_state, weighted_mean, weights
 
 
 def test_weights_are_by_examples_or_uniform() -> None:
@@ -29,7 +29,7 @@ def test_the_mean_is_weighted() -> None:
 def test_each_rule_is_its_formula(rule: str, expected: float) -> None:
     state, broadcast = {"x": torch.tensor([1.0])}, {"x": torch.tensor([0.8])}
     mean = {"x": torch.tensor([0.2], dtype=torch.float64)}
-    after = apply_rule(rule, state, broadcast, mean, lr=0.5)
+    after = next_state(rule, state, broadcast, mean, make_optimizer("fedavg", {"x": (1,)}, lr=0.5))
     assert after["x"].dtype == torch.float32
     assert after["x"].item() == pytest.approx(expected, rel=1e-6)
     assert state["x"].item() == 1.0
@@ -39,7 +39,8 @@ def test_without_quantization_and_at_lr_1_all_rules_are_fedavg() -> None:
     state = {"x": torch.randn(50)}
     mean = {"x": torch.randn(50, dtype=torch.float64)}
     results = [
-        apply_rule(rule, state, state, mean, 1.0)["x"] for rule in ("residual", "replace", "pull")
+        next_state(rule, state, state, mean, make_optimizer("fedavg", {"x": (50,)}, lr=1.0))["x"]
+        for rule in ("residual", "replace", "pull")
     ]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)

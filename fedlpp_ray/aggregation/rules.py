@@ -1,7 +1,9 @@
 """The server's rule: from its state S, the broadcast D and the mean return K - D to the next S.
 
-FedLPP's descriptions do not say which it uses. "residual" is inferred: the server keeps its full
-precision and moves by what the clients learned, as algorithm MC of Philippenko and Dieuleveut
+A rule says from where to step and in which direction; the optimiser (`optimizers`) says how far.
+
+FedLPP's descriptions do not say which rule it uses. "residual" is inferred: the server keeps its
+full precision and moves by what the clients learned, as algorithm MC of Philippenko and Dieuleveut
 (arXiv 2102.12528) does.
 """
 
@@ -11,10 +13,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fedlpp_ray.aggregation.optimizers import ServerOptimizer
 from fedlpp_ray.state import State
 
-ServerRule = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(S, D, K - D, learning rate) to the next S: one tensor at a time, float64."""
+ServerRule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(S, D, K - D) to (anchor, direction): one tensor at a time, float64."""
 RULES: dict[str, ServerRule] = {}
 
 
@@ -24,31 +27,42 @@ def _register(rule: ServerRule) -> ServerRule:
 
 
 @_register
-def residual(state: Tensor, _broadcast: Tensor, mean: Tensor, lr: float) -> Tensor:
+def residual(state: Tensor, _broadcast: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """S + lr (K - D): the server's full precision is never rounded."""
-    return state + lr * mean
+    return state, mean
 
 
 @_register
-def replace(_state: Tensor, broadcast: Tensor, mean: Tensor, lr: float) -> Tensor:
+def replace(_state: Tensor, broadcast: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """D + lr (K - D): at lr = 1, FedAvg of what the clients return."""
-    return broadcast + lr * mean
+    return broadcast, mean
 
 
 @_register
-def pull(state: Tensor, broadcast: Tensor, mean: Tensor, lr: float) -> Tensor:
+def pull(state: Tensor, broadcast: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """S + lr (K - S): the server moves towards the clients' mean."""
-    return state + lr * (broadcast + mean - state)
+    return state, broadcast + mean - state
 
 
-def apply_rule(name: str, state: State, broadcast: State, mean: State, lr: float) -> State:
+def next_state(
+    rule: str, state: State, broadcast: State, mean: State, optimizer: ServerOptimizer
+) -> State:
     """The next S, computed in float64 and rounded once to fp32.
 
+    Args:
+        rule: Its name in `RULES`.
+        state: S.
+        broadcast: D.
+        mean: K - D. A tensor that it lacks, because no client trained it, stays as it is in S:
+            no momentum moves it.
+        optimizer: Steps, and remembers this step.
+
     Raises:
-        KeyError: no rule of this name; `RULES` lists them (the configuration has checked it).
+        KeyError: no rule of this name (the configuration has checked it).
     """
-    rule = RULES[name]
-    return {
-        key: rule(tensor.double(), broadcast[key].double(), mean[key], lr).float()
-        for key, tensor in state.items()
-    }
+    anchor, direction = {}, {}
+    for name, returned in mean.items():
+        anchor[name], direction[name] = RULES[rule](
+            state[name].double(), broadcast[name].double(), returned
+        )
+    return {**state, **optimizer.step(anchor, direction)}

@@ -3,5 +3,25 @@
 from fedlpp_ray.training.device import configure_torch
 from fedlpp_ray.training.evaluation import evaluate
 from fedlpp_ray.training.local import train_locally
+from fedlpp_ray.training.rules import (
+    ClientRule,
+    Descent,
+    FedProx,
+    Scaffold,
+    Schedule,
+    next_server_variate,
+    schedule_factor,
+)
 
-__all__ = ["configure_torch", "evaluate", "train_locally"]
+__all__ = [
+    "ClientRule",
+    "Descent",
+    "FedProx",
+    "Scaffold",
+    "Schedule",
+    "configure_torch",
+    "evaluate",
+    "next_server_variate",
+    "schedule_factor",
+    "train_locally",
+]
