@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from torch import Tensor
 
 State = dict[str, Tensor]
 """Trainable tensors by name, fp32 on the CPU: per adapted layer A (r, d_in) and B (d_out, r), and
 the classification head. The names are those of PEFT's adapter files, in sorted order."""
+
+Part = Literal["A", "B", "residual", "head"]
+_MARKS: dict[Literal["A", "B", "residual"], str] = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "residual": ".residual.weight",
+}
+
+FACTOR_AXIS: dict[Part, int] = {"A": 0, "B": 1}
+"""The axis of a factor that has the rank."""
 
 Schema = Mapping[str, tuple[int, ...]]
 """Names and shapes of a state's tensors, in sorted order."""
@@ -35,6 +46,24 @@ def state_digest(state: State) -> str:
     return digest.hexdigest()
 
 
+def part(name: str) -> Part:
+    """What a state's tensor is: a layer's factor A or B, its residual, or part of the head."""
+    for kind, mark in _MARKS.items():
+        if name.endswith(mark):
+            return kind
+    return "head"
+
+
 def is_head(name: str) -> bool:
     """Whether a state's tensor belongs to the classification head rather than to an adapter."""
-    return ".lora_" not in name
+    return part(name) == "head"
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """The adapted layers of a state, in the order of its names."""
+    return [name.removesuffix(_MARKS["A"]) for name in names if part(name) == "A"]
+
+
+def name_of(layer: str, kind: Literal["A", "B", "residual"]) -> str:
+    """The name of a layer's factor or residual."""
+    return f"{layer}{_MARKS[kind]}"

@@ -15,6 +15,7 @@ from fedlpp_ray.config.schema import (
     RuntimeConfig,
     ServerConfig,
     TaskConfig,
+    UplinkConfig,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RuntimeConfig",
     "ServerConfig",
     "TaskConfig",
+    "UplinkConfig",
     "dump_experiment",
     "load_experiment",
     "parse_overrides",

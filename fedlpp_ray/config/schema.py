@@ -21,6 +21,10 @@ def _bits(value: Any) -> Any:
     return FULL_PRECISION if value == "full" else value
 
 
+def _uplink_bits(value: Any) -> Any:
+    return 16 if value == "bf16" else _bits(value)
+
+
 _INTEGER_BITS = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 Bits = Annotated[Literal["ternary", 2, 3, 4, 5, 6, 7, 8, 32], BeforeValidator(_bits)]
 """Bits a parameter: "ternary" (log2 3), 2 to 8, or 32 (also written "full"): not quantized."""
@@ -32,6 +36,7 @@ Block = Annotated[int, Field(ge=8, le=65536)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 GpuShare = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Cpus = Annotated[float, Field(ge=0.001)]
 
 
@@ -67,6 +72,8 @@ class TaskConfig(Section):
     """Split to evaluate on. None: `held_out` examples are set aside from the training split."""
     text_column: str = "text"
     label_column: str = "label"
+    key_column: str | None = None
+    """Column whose values are the clients of `federation.partition` 'natural'."""
     held_out: Positive = 500
     """Number of held-out examples (at most, where `held_out_split` names a split)."""
     max_length: Annotated[int, Field(ge=4)] = 64
@@ -79,6 +86,10 @@ class TaskConfig(Section):
         if self.name == "trec" and self.data is not None:
             raise ValueError(
                 "task.data belongs to task.name 'classification'; 'trec' brings its own data"
+            )
+        if self.name == "trec" and self.key_column is not None:
+            raise ValueError(
+                "task.key_column belongs to task.name 'classification'; 'trec' has no such column"
             )
         if self.held_out_split == self.train_split:
             raise ValueError(
@@ -96,6 +107,22 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
     """Names of the adapted modules. None: PEFT's choice for the architecture."""
+    client_ranks: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] | None = None
+    """Ranks of the clients, in turn: client i has the (i mod n)-th. None: all have `rank`."""
+
+    @model_validator(mode="after")
+    def _clients_fit(self) -> Self:
+        if self.client_ranks and max(self.client_ranks) > self.rank:
+            raise ValueError(
+                f"lora.client_ranks: {max(self.client_ranks)} is above lora.rank = {self.rank}"
+            )
+        return self
+
+    def rank_of(self, client: int) -> int:
+        """The rank of a client."""
+        return (
+            self.client_ranks[client % len(self.client_ranks)] if self.client_ranks else self.rank
+        )
 
 
 class DownlinkConfig(Section):
@@ -108,8 +135,35 @@ class DownlinkConfig(Section):
     scale: Scale = "fp32"
     """How the scales travel: fp32, fp16, or 8 bits (`double`)."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    factors: Literal["both", "A", "B"] = "both"
+    """Which factor is quantized; the other is sent in fp32."""
+    rotate: bool = False
+    """Send (B R, R^T A) with another random rotation R in every round: the same product, other
+    codes. The server turns the updates back."""
     full_precision_head: bool = False
     """Send the classification head unquantized. That gives the head away: off by default."""
+
+
+class UplinkConfig(Section):
+    """How a client's update travels back."""
+
+    bits: Annotated[
+        Literal["ternary", 2, 3, 4, 5, 6, 7, 8, 16, 32], BeforeValidator(_uplink_bits)
+    ] = 32
+    """As `downlink.bits`, or 16 (also written "bf16")."""
+    kind: Codebook = "int"
+    block: Block = 64
+    scale: Scale = "fp32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """`stochastic` with `kind: int` is unbiased, as in FedPAQ (arXiv 1909.13014)."""
+    error_feedback: bool = False
+    """A client adds what rounding took from its last update to its next (arXiv 1809.07599)."""
+
+    @model_validator(mode="after")
+    def _errors_exist(self) -> Self:
+        if self.error_feedback and self.bits == FULL_PRECISION:
+            raise ValueError("uplink.error_feedback needs uplink.bits below 32: fp32 is exact")
+        return self
 
 
 class ClientConfig(Section):
@@ -124,7 +178,18 @@ class ClientConfig(Section):
     base_scale: Scale = "fp32"
     dequantize_at_load: bool = False
     """Keep the quantized base as dense weights: the same numbers, faster, 32 bits of memory."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Share = 0.0
+    """Of sgd."""
     lr: PositiveFloat = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate from step to step; restarted every round."""
+    warmup: Share = 0.0
+    """Share of a round's steps over which the learning rate rises from 0."""
+    round_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate from round to round."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """mu of FedProx's mu/2 ||w - D||^2 (arXiv 1812.06127); 0: none."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size: Positive = 16
     max_broadcast_norm: PositiveFloat = 1e4
@@ -160,26 +225,68 @@ class FederationConfig(Section):
     """Who takes part, how often, and how the data lies."""
 
     clients: Positive = 20
-    client_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the clients that are sampled each round, without replacement."""
+    client_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the clients that are sampled each round, without replacement. None: 0.2, unless
+    `cohort` is given."""
+    cohort: Positive | None = None
+    """Number of clients that are sampled each round, instead of `client_fraction`."""
+    sampling: Literal["uniform", "examples"] = "uniform"
+    """`examples`: a client's chance grows with its number of examples. server.weighting 'uniform'
+    goes with it; 'examples' would count them twice."""
     rounds: Positive = 10
     local_steps: Positive = 10
     """Optimizer steps a sampled client makes each round."""
-    partition: Literal["iid", "dirichlet"] = "iid"
+    partition: Literal["iid", "dirichlet", "quantity", "natural"] = "iid"
+    """`iid`: equal shares. `dirichlet`: uneven labels. `quantity`: uneven sizes. `natural`: a
+    client has the examples of one value of `task.key_column`; the `clients` values with most
+    examples take part, and all other examples are left out."""
     dirichlet_alpha: PositiveFloat = 0.5
-    """Concentration of each label's share over the clients; smaller is more uneven."""
+    """Concentration over the clients of each label's share (`dirichlet`) or of the whole's
+    (`quantity`); smaller is more uneven."""
     min_examples: Positive = 8
     """A client has at least so many training examples."""
 
+    @model_validator(mode="after")
+    def _cohort_is_one_number(self) -> Self:
+        if self.cohort is not None and self.client_fraction is not None:
+            raise ValueError(
+                f"federation.cohort = {self.cohort} and federation.client_fraction = "
+                f"{self.client_fraction} both say how many clients are sampled; set one to null"
+            )
+        if self.cohort is not None and self.cohort > self.clients:
+            raise ValueError(
+                f"federation.cohort = {self.cohort} is more than federation.clients = "
+                f"{self.clients}"
+            )
+        return self
+
     @property
     def cohort_size(self) -> int:
-        """Clients sampled each round: the fraction rounded to the nearest, at least one."""
-        return max(1, round(self.clients * self.client_fraction))
+        """Clients sampled each round; a fraction is rounded to the nearest, at least one."""
+        if self.cohort is not None:
+            return self.cohort
+        fraction = 0.2 if self.client_fraction is None else self.client_fraction
+        return max(1, round(self.clients * fraction))
 
 
 class ServerConfig(Section):
     """How the returns become the next state S."""
 
+    aggregation: str = "fedit"
+    """A method of `fedlpp_ray.aggregation.METHODS`: fedit, ffa-lora, rolora, fedsa-lora, flora,
+    fedex-lora, flexlora, hetlora, lora-fair; or package.module:NAME, one of your own."""
+    send_residual: bool = False
+    """Send what flora and fedex-lora write into the base, quantized like all else. That gives it
+    away; without it a client trains on another base than the server evaluates."""
+    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "fedavg"
+    """How far to step along the mean return (FedOpt, arXiv 2003.00295)."""
+    momentum: Share = 0.9
+    """Of fedavgm."""
+    beta1: Share = 0.9
+    beta2: Share = 0.99
+    """Decay of the moments of fedadam and fedyogi."""
+    tau: PositiveFloat = 1e-3
+    """Adaptivity of fedadagrad, fedadam and fedyogi; smaller is more adaptive."""
     rule: Literal["residual", "replace", "pull"] = "residual"
     """residual: S + lr (K - D). replace: D + lr (K - D). pull: S + lr (K - S)."""
     lr: PositiveFloat = 1.0
@@ -191,6 +298,8 @@ class ServerConfig(Section):
 class EvaluationConfig(Section):
     """When the models are measured."""
 
+    server: bool = True
+    """Evaluate the server's model. fedsa-lora leaves B at the clients, so it has none: false."""
     every: Positive = 1
     """Evaluate after every so many rounds; the last round is always evaluated."""
     batch_size: Positive = 64
@@ -220,6 +329,7 @@ class Experiment(Section):
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()
     downlink: DownlinkConfig = DownlinkConfig()
+    uplink: UplinkConfig = UplinkConfig()
     client: ClientConfig = ClientConfig()
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
@@ -274,4 +384,5 @@ __all__ = [
     "RuntimeConfig",
     "ServerConfig",
     "TaskConfig",
+    "UplinkConfig",
 ]

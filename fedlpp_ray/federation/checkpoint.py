@@ -1,4 +1,4 @@
-"""A run on disk: the server's adapter, the history and the experiment.
+"""A run on disk: the server's adapter, what clients keep, the history and the experiment.
 
 Everything random in a run is derived from the seed and the round, so this is the whole state: a
 restored run goes on with the same bits.
@@ -15,6 +15,7 @@ from fedlpp_ray.federation.loop import Federation
 from fedlpp_ray.federation.records import RoundRecord
 
 EXPERIMENT, HISTORY, ADAPTER = "experiment.yaml", "history.json", "adapter"
+CLIENTS = "clients"
 
 
 def save(federation: Federation, folder: Path) -> None:
@@ -23,6 +24,10 @@ def save(federation: Federation, folder: Path) -> None:
     The history comes last and by renaming: a folder that has it is whole.
     """
     write_adapter(federation.backend.adapter(), folder / ADAPTER)
+    for client, memory in federation.memories.items():
+        assert memory is not None
+        (folder / CLIENTS).mkdir(exist_ok=True)
+        (folder / CLIENTS / f"{client}.safetensors").write_bytes(memory)
     text = dump_experiment(
         federation.experiment,
         "The experiment of this run",
@@ -48,6 +53,9 @@ def restore(federation: Federation, folder: Path) -> None:
         raise ConfigError(f"{folder}: this checkpoint is of another experiment")
     files = {path.name: path.read_bytes() for path in (folder / ADAPTER).iterdir()}
     federation.backend.restore(files)
+    federation.memories = {
+        int(path.stem): path.read_bytes() for path in (folder / CLIENTS).glob("*.safetensors")
+    }
     federation.history = read_history(folder)
 
 

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import safetensors.torch
+
+from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
-from fedlpp_ray.federation.records import ClientUpdate, Floor
-from fedlpp_ray.federation.wire import UPLINK, downlink_codec
-from fedlpp_ray.lora import add_lora, read_state, write_state
+from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
+from fedlpp_ray.federation.wire import Broadcast, Wire
+from fedlpp_ray.lora import (
+    add_lora,
+    add_residuals,
+    at_rank,
+    read_state,
+    training_only,
+    write_state,
+)
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier, quantize_base
-from fedlpp_ray.seeds import derive
-from fedlpp_ray.state import State, schema_of
+from fedlpp_ray.seeds import derive, generator
+from fedlpp_ray.state import State, part, schema_of
 from fedlpp_ray.tasks import Metrics
-from fedlpp_ray.training import configure_torch, evaluate, train_locally
+from fedlpp_ray.training import (
+    ClientRule,
+    Descent,
+    FedProx,
+    configure_torch,
+    evaluate,
+    schedule_factor,
+    train_locally,
+)
+
+ERROR = "error:"
+"""Prefix, in a client's memory, of what rounding took from its updates so far."""
 
 
 class ClientHost:
@@ -43,67 +65,143 @@ class ClientHost:
             load_classifier(experiment.model, labels, pad, seed), experiment.client
         )
         self._model = add_lora(base, experiment.lora, seed).to(self._device)
+        if (
+            find_method(experiment.server.aggregation).writes_base
+            and experiment.server.send_residual
+        ):
+            add_residuals(self._model)
         self._initial = read_state(self._model)
-        self._schema = schema_of(self._initial)
-        self._codec = downlink_codec(experiment.downlink, self._schema)
+        self._wire = Wire(experiment, schema_of(self._initial))
 
-    def train(self, round: int, client: int, broadcast: bytes) -> ClientUpdate:
+    def train(
+        self, round: int, client: int, broadcast: Broadcast, memory: Memory = None
+    ) -> ClientUpdate:
         """Local training of one client from the broadcast.
+
+        Args:
+            round: From 1.
+            client: Which client.
+            broadcast: The round's; the client reads the message of its rank.
+            memory: What this client kept from the last round it took part in.
 
         Raises:
             MessageError: the broadcast is not what this round expects, or the training diverged.
         """
         start = time.perf_counter()
-        received = self._receive(round, broadcast)
-        loss = self._train_client(round, client, self._experiment.federation.local_steps)
-        after = read_state(self._model)
-        update = {name: after[name] - received[name] for name in after}
+        received = self._receive(round, client, broadcast, memory)
+        loss = self._train_client(round, client)
+        rank = self._experiment.lora.rank_of(client)
+        after = read_state(self._model, rank)
+        update = {name: after[name] - received[name] for name in self._wire.update(round, rank)}
+        errors = _errors(memory)
+        update = {n: t + errors[n] if n in errors else t for n, t in update.items()}
         envelope = Envelope("update", round, client, self._text.examples[client])
+        random = generator(self._experiment.seed, "uplink", round, client)
         try:
-            payload = encode(envelope, update, UPLINK)
+            payload = encode(envelope, update, self._wire.uplink, random)
         except MessageError as error:
             lr = self._experiment.client.lr
             raise MessageError(
                 f"round {round}: the training of client {client} diverged (client.lr = {lr:g}): "
                 f"{error}"
             ) from None
-        return ClientUpdate(client, payload, loss, time.perf_counter() - start, self._host)
+        kept = {n: t for n, t in after.items() if part(n) in self._wire.method.personal}
+        if self._experiment.uplink.error_feedback:
+            sent = decode(payload, envelope, schema_of(update), self._wire.uplink)
+            errors |= {name: update[name] - sent[name] for name in update}
+            kept |= {f"{ERROR}{name}": tensor for name, tensor in errors.items()}
+        return ClientUpdate(
+            client,
+            payload,
+            loss,
+            time.perf_counter() - start,
+            self._host,
+            safetensors.torch.save(kept) if kept else None,
+        )
 
-    def evaluate(self, round: int, broadcast: bytes) -> tuple[Metrics, Metrics]:
-        """Metrics of the broadcast as received, and after the strongest client's training."""
-        self._receive(round, broadcast)
+    def evaluate(
+        self, round: int, broadcast: Broadcast, memory: Memory = None
+    ) -> tuple[Metrics, Metrics]:
+        """Metrics of the broadcast as received, and after the strongest client's training.
+
+        Args:
+            round: The round whose broadcast it is.
+            broadcast: Of that round.
+            memory: The strongest client's.
+        """
+        strongest = self._text.strongest
+        self._receive(round, strongest, broadcast, memory)
         before = evaluate(self._model, self._text.held_out, self._device)
-        self._train_client(round, self._text.strongest, self._experiment.federation.local_steps)
+        self._train_client(round, strongest)
         return before, evaluate(self._model, self._text.held_out, self._device)
 
     def measure_floor(self) -> Floor:
         """What the strongest client has without taking part."""
         federation, strongest = self._experiment.federation, self._text.strongest
-        write_state(self._model, self._initial)
+        self._write(self._initial, strongest)
         base = evaluate(self._model, self._text.held_out, self._device)
-        self._train_client(0, strongest, federation.rounds * federation.local_steps)
+        self._train(0, strongest, federation.rounds * federation.local_steps, scale=1.0)
         local_only = evaluate(self._model, self._text.held_out, self._device)
         return Floor(base, local_only, strongest, self._text.examples[strongest])
 
-    def _receive(self, round: int, broadcast: bytes) -> State:
+    def _receive(self, round: int, client: int, broadcast: Broadcast, memory: Memory) -> State:
+        """Load what a client has: the broadcast, what it kept, and what never travels."""
+        rank = self._experiment.lora.rank_of(client)
         limit = self._experiment.client.max_broadcast_norm
-        expected = Envelope("broadcast", round)
+        schema, expected = self._wire.broadcast(rank), Envelope("broadcast", round)
         try:
-            state = decode(broadcast, expected, self._schema, self._codec, max_norm=limit)
+            state = decode(broadcast[rank], expected, schema, self._wire.downlink, max_norm=limit)
         except MessageError as error:
             raise MessageError(
                 f"round {round}, broadcast refused: {error} (client.max_broadcast_norm = {limit:g})"
             ) from None
-        write_state(self._model, state)
+        own = {n: t for n, t in _load(memory).items() if not n.startswith(ERROR)}
+        self._write(self._initial | state | own, client)
         return state
 
-    def _train_client(self, round: int, client: int, steps: int) -> float:
-        return train_locally(
-            self._model,
-            self._text.client(client),
-            self._experiment.client,
-            steps=steps,
-            seed=derive(self._experiment.seed, "local", round, client),
-            pad=self._text.pad,
-            device=self._device,
-        )
+    def _write(self, state: State, client: int) -> None:
+        """Load a state at the client's rank."""
+        rank = self._experiment.lora.rank_of(client)
+        write_state(self._model, {n: at_rank(n, tensor, rank) for n, tensor in state.items()})
+
+    def _train_client(self, round: int, client: int) -> float:
+        """A client's training in a round; what would follow the last round is as the last."""
+        config, rounds = self._experiment.client, self._experiment.federation.rounds
+        scale = schedule_factor(config.round_schedule, min(round, rounds) - 1, rounds)
+        rules = (FedProx(config.proximal),) if config.proximal else ()
+        steps = self._experiment.federation.local_steps
+        return self._train(round, client, steps, scale=scale, rules=rules)
+
+    def _train(
+        self,
+        round: int,
+        client: int,
+        steps: int,
+        *,
+        scale: float,
+        rules: Sequence[ClientRule] = (),
+    ) -> float:
+        config = self._experiment.client
+        with training_only(self._model, self._wire.method.trained(round)):
+            return train_locally(
+                self._model,
+                self._text.client(client),
+                config,
+                steps=steps,
+                seed=derive(self._experiment.seed, "local", round, client),
+                pad=self._text.pad,
+                device=self._device,
+                descent=Descent(
+                    config.optimizer, config.momentum, config.schedule, config.warmup, scale
+                ),
+                rules=rules,
+            )
+
+
+def _load(memory: Memory) -> State:
+    return {} if memory is None else safetensors.torch.load(memory)
+
+
+def _errors(memory: Memory) -> State:
+    """What rounding took from this client's earlier updates."""
+    return {n.removeprefix(ERROR): t for n, t in _load(memory).items() if n.startswith(ERROR)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.client import ClientHost
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Memory
 from fedlpp_ray.federation.server import Server
+from fedlpp_ray.federation.wire import Broadcast
 
 
 class InProcess:
@@ -24,12 +25,15 @@ class InProcess:
         self.aggregate = self._server.aggregate
         self.adapter = self._server.adapter
         self.restore = self._server.restore
+        self.examples = self._server.examples
         self.measure_floor = self._host.measure_floor
 
-    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+    def train(
+        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
+    ) -> list[ClientUpdate]:
         """One update from each client, in the order of the cohort."""
-        return [self._host.train(round, client, broadcast) for client in cohort]
+        return [self._host.train(round, c, broadcast, memory) for c, memory in cohort.items()]
 
-    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
         """The server's state and what a client has of it."""
-        return Evaluation(self._server.evaluate(), *self._host.evaluate(round, broadcast))
+        return Evaluation(self._server.evaluate(), *self._host.evaluate(round, broadcast, memory))

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, RoundRecord
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory, RoundRecord
 from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.messages import Transfer
 
 
 class Backend(Protocol):
     """The server and its clients, wherever they run: in this process, or in Ray actors."""
 
-    def encode_broadcast(self, round: int) -> bytes:
+    def examples(self) -> Sequence[int]:
+        """Number of training examples of each client."""
+
+    def encode_broadcast(self, round: int) -> Broadcast:
         """The server's quantized state, for every client of a round."""
 
-    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
-        """One update from each client, in the order of the cohort."""
+    def train(
+        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
+    ) -> list[ClientUpdate]:
+        """One update from each client of the cohort, in its order, given what each has kept."""
 
-    def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
+    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
         """Fold the updates into the server's next state; returns its digest."""
 
-    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
-        """The server's state and what a client has of it, given that state's broadcast."""
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
+        """The server's state and what the strongest client has of it.
+
+        Given that state's broadcast, and what the client has kept.
+        """
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
@@ -47,12 +56,15 @@ class Federation:
 
     Attributes:
         history: The finished rounds. A run that starts with a history continues after it.
+        memories: What each client that has taken part keeps, where the method has it keep any.
     """
 
     def __init__(self, experiment: Experiment, backend: Backend) -> None:
         self.experiment = experiment
         self.backend = backend
         self.history: list[RoundRecord] = []
+        self.memories: dict[int, Memory] = {}
+        self._examples = backend.examples()
 
     def run(self) -> Iterator[RoundRecord]:
         """The rounds that remain, each yielded as it ends."""
@@ -64,13 +76,16 @@ class Federation:
         """One round, in five steps."""
         clock = _Clock()
         # 1. Sample the cohort.
-        cohort = sample_cohort(self.experiment.federation, self.experiment.seed, round)
+        config, seed = self.experiment.federation, self.experiment.seed
+        cohort = sample_cohort(config, seed, round, self._examples)
         # 2. The server encodes the broadcast once.
         with clock("broadcast"):
             broadcast = self.backend.encode_broadcast(round)
         # 3. Each sampled client trains from it and returns one encoded update.
         with clock("train"):
-            updates = self.backend.train(round, cohort, broadcast)
+            kept = {client: self.memories.get(client) for client in cohort}
+            updates = self.backend.train(round, kept, broadcast)
+            self.memories |= {u.client: u.memory for u in updates if u.memory is not None}
         # 4. The server folds the updates, in the cohort's order, into a new state.
         with clock("aggregate"):
             digest = self.backend.aggregate(round, broadcast, updates)
@@ -80,11 +95,15 @@ class Federation:
         return RoundRecord(
             round=round,
             evaluation=evaluation,
-            ledger=tuple(Transfer(u.client, len(broadcast), len(u.payload)) for u in updates),
+            ledger=tuple(self._transfer(broadcast, update) for update in updates),
             loss=tuple(update.loss for update in updates),
             seconds=clock.seconds(updates),
             digest=digest,
         )
+
+    def _transfer(self, broadcast: Broadcast, update: ClientUpdate) -> Transfer:
+        rank = self.experiment.lora.rank_of(update.client)
+        return Transfer(update.client, len(broadcast[rank]), len(update.payload))
 
     def _is_evaluated(self, round: int) -> bool:
         every, last = self.experiment.evaluation.every, self.experiment.federation.rounds
@@ -92,7 +111,9 @@ class Federation:
 
     def _evaluate(self, round: int) -> Evaluation:
         """Measure the state after a round through the broadcast that the next round would send."""
-        return self.backend.evaluate(round + 1, self.backend.encode_broadcast(round + 1))
+        strongest = max(range(len(self._examples)), key=self._examples.__getitem__)
+        memory = self.memories.get(strongest)
+        return self.backend.evaluate(round + 1, self.backend.encode_broadcast(round + 1), memory)
 
 
 class _Clock:

@@ -2,32 +2,83 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.aggregation import METHODS, find_method
+from fedlpp_ray.aggregation.methods.base import keep
+from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.lora import add_lora
 from fedlpp_ray.models import check_base, check_text, load_outline, load_tokenizer
 from fedlpp_ray.tasks import load_task, partition
+
+logger = logging.getLogger(__name__)
 
 
 def check(experiments: Iterable[Experiment]) -> None:
     """Load each text once and share it out as each federation does; fit bases and adapters.
 
-    The models are built without weights.
+    The models are built without weights. How many examples no client has is
+    logged.
 
     Raises:
         AssetError, TaskError: a model, its tokenizer or data cannot be used.
         BaseFormatError, LoraError: a client base or an adapter does not fit its model.
     """
     experiments = list(experiments)
+    for experiment in experiments:
+        _check_method(experiment)
     for config in {experiment.task for experiment in experiments}:
         task = load_task(config)
         users = [experiment for experiment in experiments if experiment.task == config]
+        left_out = set()
         for federation, seed in {(user.federation, user.seed) for user in users}:
-            partition(task.train.labels, federation, seed)
+            shares = partition(task.train.labels, federation, seed, task.train.keys)
+            left_out.add((federation.clients, shares.left_out))
+        for clients, examples in sorted(left_out):
+            if examples:
+                logger.warning(
+                    "%d of %d training examples are left out: they belong to none of the %d "
+                    "largest values of task.key_column (federation.clients)",
+                    *(examples, len(task.train), clients),
+                )
         for model, client, lora in {(user.model, user.client, user.lora) for user in users}:
             outline = load_outline(model, len(task.labels))
             pad = load_tokenizer(model).pad_token_id
             check_text(outline, model, pad, config.max_length)
             check_base(outline, client)
             add_lora(outline, lora, seed=0)
+
+
+def _check_method(experiment: Experiment) -> None:
+    """Refuse what the aggregation method cannot do."""
+    name, method = experiment.server.aggregation, find_method(experiment.server.aggregation)
+    ranks = {experiment.lora.rank_of(client) for client in range(experiment.federation.clients)}
+    if ranks != {experiment.lora.rank} and not method.mixed_ranks:
+        able = ", ".join(key for key, known in METHODS.items() if known.mixed_ranks)
+        raise ConfigError(
+            f"lora.client_ranks: server.aggregation '{name}' adds A and B of one rank; methods "
+            f"for several: {able}"
+        )
+    if method.personal and experiment.evaluation.server:
+        parts = " and ".join(sorted(method.personal))
+        raise ConfigError(
+            f"server.aggregation '{name}' leaves {parts} at the clients, so the server has no "
+            "model to evaluate: set evaluation.server=false"
+        )
+    if experiment.server.send_residual and not method.writes_base:
+        able = ", ".join(key for key, known in METHODS.items() if known.writes_base)
+        raise ConfigError(
+            f"server.send_residual: server.aggregation '{name}' writes nothing into the base; "
+            f"methods that do: {able}"
+        )
+    if experiment.downlink.rotate and not {"A", "B"} <= method.travels:
+        raise ConfigError(
+            f"downlink.rotate turns A and B together, and with server.aggregation '{name}' only "
+            f"{' and '.join(sorted(method.travels - {'head'}))} travels"
+        )
+    if method.refit is not keep and experiment.server.optimizer != "fedavg":
+        raise ConfigError(
+            f"server.optimizer '{experiment.server.optimizer}' steps along factors, and "
+            f"server.aggregation '{name}' goes on from the mean of products; allowed: fedavg"
+        )

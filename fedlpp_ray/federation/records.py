@@ -8,6 +8,10 @@ from typing import Any
 from fedlpp_ray.messages import Transfer, total_bytes
 from fedlpp_ray.tasks import Metrics
 
+Memory = bytes | None
+"""A client's own tensors between its rounds, as safetensors bytes. Held for it by the federation,
+because hosts serve many clients; no message carries it."""
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -19,6 +23,7 @@ class ClientUpdate:
         loss: Mean training loss, nats.
         seconds: Time the client computed, decoding and encoding included.
         host: Which host it ran on.
+        memory: What the client keeps until it takes part again, or None. It does not travel.
     """
 
     client: int
@@ -26,6 +31,7 @@ class ClientUpdate:
     loss: float
     seconds: float
     host: int
+    memory: Memory = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,12 @@ class Evaluation:
     """One state S of the server, measured three ways on held-out data.
 
     Attributes:
-        server: Full-precision base and S.
+        server: Full-precision base and S; None where `evaluation.server` is false.
         client_before: What a client receives: its base and D = deq(quant(S)).
         client_after: The same after the local training of the client with the most examples.
     """
 
-    server: Metrics
+    server: Metrics | None
     client_before: Metrics
     client_after: Metrics
 
@@ -97,7 +103,7 @@ class RoundRecord:
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
         """The inverse of `to_dict`."""
         clients = values["clients"]
-        evaluated = values["server"] is not None
+        evaluated = values["client_before"] is not None
         return cls(
             round=values["round"],
             evaluation=Evaluation(**{key: values[key] for key in EVALUATED}) if evaluated else None,

@@ -33,7 +33,7 @@ def run_protection(history: Sequence[RoundRecord], floor: Floor) -> Protection:
     last = evaluated[-1].evaluation
     assert last is not None
     return measure_protection(
-        last.server[UTILITY],
+        None if last.server is None else last.server[UTILITY],
         attacks,
         {"base": floor.base[UTILITY], "local_only": floor.local_only[UTILITY]},
     )

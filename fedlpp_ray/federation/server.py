@@ -8,20 +8,22 @@ from pathlib import Path
 
 import safetensors.torch
 
-from fedlpp_ray.aggregation import apply_rule, weighted_mean, weights
+from fedlpp_ray.aggregation import Return, find_method, fold, make_optimizer, weights
+from fedlpp_ray.aggregation.products import pad, rotate, truncate
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.records import ClientUpdate
-from fedlpp_ray.federation.wire import UPLINK, downlink_codec
-from fedlpp_ray.lora import add_lora, read_state, write_state
+from fedlpp_ray.federation.wire import Broadcast, Wire
+from fedlpp_ray.lora import add_lora, add_residuals, read_state, write_state
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier
 from fedlpp_ray.seeds import generator
-from fedlpp_ray.state import State, schema_of, state_digest
+from fedlpp_ray.state import State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import configure_torch, evaluate
 
 ADAPTER_STATE = "adapter_model.safetensors"
+RESIDUAL, OPTIMIZER = "residual.safetensors", "optimizer.safetensors"
 
 
 class Server:
@@ -37,20 +39,43 @@ class Server:
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
-        text = FederatedText(experiment)
-        self._examples, self._held_out = text.examples, text.held_out
-        base = load_classifier(experiment.model, text.labels, text.pad, experiment.seed)
+        self._text = FederatedText(experiment)
+        base = load_classifier(experiment.model, self._text.labels, self._text.pad, experiment.seed)
         self._model = add_lora(base, experiment.lora, experiment.seed).to(self._device)
-        self._state = read_state(self._model)
-        self._schema = schema_of(self._state)
-        self._codec = downlink_codec(experiment.downlink, self._schema)
+        method = find_method(experiment.server.aggregation)
+        if method.writes_base:
+            add_residuals(self._model)
+        self._initial = read_state(self._model)
+        self._wire = Wire(experiment, schema_of(self._initial))
+        self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
+        config = experiment.server
+        self._optimizer = make_optimizer(
+            config.optimizer,
+            schema_of(self._state),
+            lr=config.lr,
+            momentum=config.momentum,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            tau=config.tau,
+        )
 
-    def encode_broadcast(self, round: int) -> bytes:
-        """The quantized state D that every client of this round receives."""
-        random = generator(self._experiment.seed, "broadcast", round)
-        return encode(Envelope("broadcast", round), self._state, self._codec, random)
+    def examples(self) -> Sequence[int]:
+        """Number of training examples of each client."""
+        return self._text.examples
 
-    def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
+    def encode_broadcast(self, round: int) -> Broadcast:
+        """The quantized state D that the clients of this round receive, for each rank."""
+        return {rank: self._encode(round, rank) for rank in self._wire.ranks}
+
+    def _encode(self, round: int, rank: int) -> bytes:
+        own = rank == self._experiment.lora.rank
+        random = generator(self._experiment.seed, "broadcast", round, *(() if own else (rank,)))
+        names = self._wire.broadcast(rank)
+        state = truncate({name: self._state[name] for name in names}, rank)
+        state = self._rotate(round, state)
+        return encode(Envelope("broadcast", round), state, self._wire.downlink, random)
+
+    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
         """Fold the cohort's updates, in the order given, into the next state.
 
         Returns:
@@ -59,46 +84,95 @@ class Server:
         Raises:
             MessageError: an update is not what this round expects; the state is unchanged.
         """
-        config = self._experiment.server
-        down = Envelope("broadcast", round)
-        received = decode(broadcast, down, self._schema, self._codec)
-        returns = [self._read(round, update) for update in updates]
-        examples = [self._examples[update.client] for update in updates]
-        mean = weighted_mean(returns, weights(examples, config.weighting))
-        self._state = apply_rule(config.rule, self._state, received, mean, config.lr)
+        config, lora = self._experiment.server, self._experiment.lora
+        received = {
+            rank: self._received(round, rank, payload) for rank, payload in broadcast.items()
+        }
+        examples = [self._text.examples[update.client] for update in updates]
+        shares = weights(examples, config.weighting)
+        returns = [
+            Return(received[lora.rank_of(u.client)], self._read(round, u), share)
+            for u, share in zip(updates, shares, strict=True)
+        ]
+        self._state = fold(
+            self._wire.method,
+            self._state,
+            received[lora.rank],
+            returns,
+            rule=config.rule,
+            lr=config.lr,
+            optimizer=self._optimizer,
+            random=generator(self._experiment.seed, "aggregate", round),
+        )
         return state_digest(self._state)
 
+    def _received(self, round: int, rank: int, payload: bytes) -> State:
+        """What clients of a rank have decoded, at the server's rank; what never travels, as it is.
+
+        A residual that is not sent is what the server has: no client can have changed it.
+        """
+        schema = self._wire.broadcast(rank)
+        state = decode(payload, Envelope("broadcast", round), schema, self._wire.downlink)
+        state = self._rotate(round, state, back=True)
+        return self._initial | self._state | pad(state, self._experiment.lora.rank)
+
     def _read(self, round: int, update: ClientUpdate) -> State:
-        examples = self._examples[update.client]
-        expected = Envelope("update", round, update.client, examples)
-        limit = self._experiment.server.max_update_norm
+        rank = self._experiment.lora.rank_of(update.client)
+        expected = Envelope("update", round, update.client, self._text.examples[update.client])
+        schema, limit = self._wire.update(round, rank), self._experiment.server.max_update_norm
         try:
-            return decode(update.payload, expected, self._schema, UPLINK, max_norm=limit)
+            state = decode(update.payload, expected, schema, self._wire.uplink, max_norm=limit)
         except MessageError as error:
             raise MessageError(
                 f"round {round}, update of client {update.client} refused: {error} "
                 f"(server.max_update_norm = {limit:g})"
             ) from None
+        return pad(self._rotate(round, state, back=True), self._experiment.lora.rank)
 
-    def evaluate(self) -> Metrics:
-        """Metrics of the full-precision base with the full-precision state."""
-        write_state(self._model, self._state)
-        return evaluate(self._model, self._held_out, self._device)
+    def _rotate(self, round: int, state: State, *, back: bool = False) -> State:
+        """A state in the gauge of a round's broadcast, or an update back in the server's."""
+        if not self._experiment.downlink.rotate:
+            return state
+        random = generator(self._experiment.seed, "rotation", round)
+        return rotate(state, random, back=back)
+
+    def evaluate(self) -> Metrics | None:
+        """Metrics of the full-precision base with the full-precision state.
+
+        None where `evaluation.server` is false.
+        """
+        if not self._experiment.evaluation.server:
+            return None
+        write_state(self._model, self._initial | self._state)
+        return evaluate(self._model, self._text.held_out, self._device)
 
     def adapter(self) -> dict[str, bytes]:
-        """The state as the files of a PEFT adapter, by name."""
-        write_state(self._model, self._state)
+        """The state as files by name: a PEFT adapter, and what an adapter cannot hold.
+
+        `residual.safetensors` has what is added to the base, times alpha / rank;
+        `optimizer.safetensors` what the server's optimiser remembers. Each only where there is any.
+        """
+        write_state(self._model, self._initial | self._state)
         with tempfile.TemporaryDirectory() as folder:
             self._model.save_pretrained(folder, save_embedding_layers=False)
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
+        for name, tensors in ((RESIDUAL, residuals), (OPTIMIZER, self._optimizer.state_dict())):
+            if tensors:
+                files[name] = safetensors.torch.save(tensors)
+        return files
 
     def restore(self, adapter: dict[str, bytes]) -> None:
         """Take back the state of an `adapter`.
 
         Raises:
-            ValueError: it is an adapter of another model or rank.
+            ValueError: it is an adapter of another model, rank or method.
         """
         state = safetensors.torch.load(adapter[ADAPTER_STATE])
-        if schema_of(state) != self._schema:
+        if RESIDUAL in adapter:
+            state |= safetensors.torch.load(adapter[RESIDUAL])
+        if schema_of(state) != schema_of(self._initial):
             raise ValueError("the adapter's tensors are not those of this experiment")
-        self._state = dict(sorted(state.items()))
+        self._state = {name: state[name] for name in sorted(self._wire.kept)}
+        if OPTIMIZER in adapter:
+            self._optimizer.load_state_dict(safetensors.torch.load(adapter[OPTIMIZER]))

@@ -1,23 +1,88 @@
-"""The codecs of both links of an experiment."""
+"""What travels on both links of an experiment, and in which form: both parties agree on it here."""
 
 from __future__ import annotations
 
-from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig
+from collections.abc import Mapping
+
+import torch
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig, Experiment, UplinkConfig
 from fedlpp_ray.messages import Codec
 from fedlpp_ray.quantization import Quantizer
-from fedlpp_ray.state import Schema, is_head
+from fedlpp_ray.state import FACTOR_AXIS, Part, Schema, part
 
-UPLINK = Codec(None)
-"""Updates travel in fp32."""
+BF16 = 16
+"""The value of `uplink.bits` that means bf16."""
+
+Broadcast = Mapping[int, bytes]
+"""The messages of one round, one for each rank that a client has."""
 
 
 def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:
-    """The broadcast's codec: one quantizer for adapters and head alike.
+    """The broadcast's codec: one quantizer for adapters, head and residuals alike.
 
-    Only `full_precision_head` exempts the head.
+    Only `full_precision_head` exempts the head, and `factors` one of the factors.
     """
     if config.bits == FULL_PRECISION:
         return Codec(None)
     quantizer = Quantizer(config.bits, config.kind, config.block, config.scale, config.rounding)
-    exempt = frozenset(filter(is_head, schema)) if config.full_precision_head else frozenset()
-    return Codec(quantizer, exempt)
+    whole: set[Part] = {"head"} if config.full_precision_head else set()
+    if config.factors != "both":
+        whole.add("B" if config.factors == "A" else "A")
+    return Codec(quantizer, frozenset(name for name in schema if part(name) in whole))
+
+
+def uplink_codec(config: UplinkConfig) -> Codec:
+    """The updates' codec, for all that travels."""
+    if config.bits == FULL_PRECISION:
+        return Codec(None)
+    if config.bits == BF16:
+        return Codec(None, dtype=torch.bfloat16)
+    return Codec(Quantizer(config.bits, config.kind, config.block, config.scale, config.rounding))
+
+
+class Wire:
+    """The messages of an experiment.
+
+    Args:
+        experiment: What is run.
+        schema: Of the model's whole state, at the server's rank.
+
+    Attributes:
+        method: The aggregation method, which says what travels.
+        ranks: Every rank that a broadcast is made for, the server's among them.
+        kept: Names of the server's state.
+        downlink, uplink: The codecs.
+    """
+
+    def __init__(self, experiment: Experiment, schema: Schema) -> None:
+        self.method = find_method(experiment.server.aggregation)
+        self.ranks = sorted({experiment.lora.rank, *(experiment.lora.client_ranks or ())})
+        self._schema = schema
+        self._sent: frozenset[Part] = self.method.travels
+        if experiment.server.send_residual:
+            self._sent |= {"residual"}
+        self.kept = frozenset(n for n in schema if part(n) in self.method.travels | {"residual"})
+        self.uplink = uplink_codec(experiment.uplink)
+        self.downlink = downlink_codec(experiment.downlink, self.broadcast(experiment.lora.rank))
+
+    def broadcast(self, rank: int) -> Schema:
+        """Names and shapes of the broadcast for clients of a rank."""
+        return self._select(self._sent, rank)
+
+    def update(self, round: int, rank: int) -> Schema:
+        """Names and shapes of what a client of a rank returns in a round."""
+        return self._select(self.method.trained(round) & self.method.travels, rank)
+
+    def _select(self, parts: frozenset[Part], rank: int) -> Schema:
+        return {
+            name: _shape_at_rank(name, shape, rank)
+            for name, shape in self._schema.items()
+            if part(name) in parts
+        }
+
+
+def _shape_at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    axis = FACTOR_AXIS.get(part(name))
+    return shape if axis is None else (*shape[:axis], rank, *shape[axis + 1 :])

@@ -6,6 +6,22 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from fedlpp_ray.lora.inject import LoraError, add_lora
-from fedlpp_ray.lora.state import read_state, write_state
+from fedlpp_ray.lora.state import (
+    add_residuals,
+    at_rank,
+    read_state,
+    trainable,
+    training_only,
+    write_state,
+)
 
-__all__ = ["LoraError", "add_lora", "read_state", "write_state"]
+__all__ = [
+    "LoraError",
+    "add_lora",
+    "add_residuals",
+    "at_rank",
+    "read_state",
+    "trainable",
+    "training_only",
+    "write_state",
+]

@@ -1,17 +1,23 @@
-"""Reading and writing the trainable state of a model."""
+"""Reading and writing the state of a model: what it trains, and what is added to its base."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from fedlpp_ray.state import State
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fedlpp_ray.state import FACTOR_AXIS, Part, State, name_of, part
 
 ADAPTER = "default"
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters under the names of PEFT's adapter files."""
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters under the names of PEFT's adapter files, sorted."""
     named = {
         name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}", ""): parameter
         for name, parameter in model.named_parameters()
@@ -20,24 +26,88 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-def read_state(model: nn.Module) -> State:
-    """A copy of the model's trainable tensors."""
+@contextmanager
+def training_only(model: nn.Module, parts: frozenset[Part]) -> Iterator[None]:
+    """Inside the block, of what is trainable only these parts are."""
+    frozen = [p for name, p in trainable(model).items() if part(name) not in parts]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def add_residuals(model: nn.Module) -> None:
+    """Give every adapted layer a residual E, at first zero: h = W0 x + (alpha/r) (B A + E) x.
+
+    E (d_out, d_in) is a frozen buffer beside the base, whatever the base's format.
+    """
+    for module in _lora_layers(model).values():
+        shape = (module.lora_B[ADAPTER].out_features, module.lora_A[ADAPTER].in_features)
+        module.register_buffer("residual", torch.zeros(shape), persistent=False)
+        module.register_forward_hook(_add_residual)
+
+
+def _add_residual(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = inputs[0]
+    added: Tensor = module.scaling[ADAPTER] * linear(x, module.residual.to(x.dtype))
+    return output + added
+
+
+def read_state(model: nn.Module, rank: int | None = None) -> State:
+    """A copy of the model's trainable tensors and residuals.
+
+    Args:
+        model: With adapters.
+        rank: Only the first so many rows of each A and columns of each B. None: all.
+    """
     return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in _trainable(model).items()
+        name: at_rank(name, tensor.detach(), rank).to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in _tensors(model).items()
     }
 
 
 def write_state(model: nn.Module, state: State) -> None:
-    """Copy `state` into the model's trainable parameters.
+    """Copy `state` into the model.
+
+    Factors of a smaller rank r fill the first rows and columns; the rest is zero and stays zero in
+    training, and the product is scaled by alpha / r: it is a model of rank r.
 
     Raises:
         ValueError: the names differ from the model's.
     """
-    parameters = _trainable(model)
-    if parameters.keys() != state.keys():
-        different = sorted(parameters.keys() ^ state.keys())
+    tensors = _tensors(model)
+    if tensors.keys() != state.keys():
+        different = sorted(tensors.keys() ^ state.keys())
         raise ValueError(f"state and model differ in: {', '.join(different)}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        for name, tensor in tensors.items():
+            tensor.zero_()
+            axis = FACTOR_AXIS.get(part(name))
+            rank = None if axis is None else state[name].shape[axis]
+            at_rank(name, tensor, rank).copy_(state[name])
+        for layer, module in _lora_layers(model).items():
+            rank = state[name_of(layer, "A")].shape[0]
+            module.scaling[ADAPTER] = module.lora_alpha[ADAPTER] / rank
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a state holds, by its names in the state, sorted."""
+    residuals = {
+        name_of(layer, "residual"): module.residual
+        for layer, module in _lora_layers(model).items()
+        if "residual" in module._buffers
+    }
+    return dict(sorted((residuals | trainable(model)).items()))
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def at_rank(name: str, tensor: Tensor, rank: int | None) -> Tensor:
+    """The first `rank` rows of an A, columns of a B; any other tensor, and with None, whole."""
+    axis = FACTOR_AXIS.get(part(name))
+    return tensor if rank is None or axis is None else tensor.narrow(axis, 0, rank)

@@ -15,7 +15,7 @@ from fedlpp_ray.errors import UserError
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Expected dtype and shape of every tensor of a message."""
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _HEADER_BYTES_PER_TENSOR = 1024
 _HEADER_BYTES = 4096
 

@@ -3,7 +3,7 @@
 A message is one safetensors file. Its metadata hold one key, `fedlpp`: the envelope (kind, round,
 client, examples), the format version, the quantizer and a digest of the schema, as JSON. Each
 tensor of the state travels as the parts of its quantized form (`NAME:codes`, `NAME:scales`, ...),
-or whole, in fp32, under its own name.
+or whole, under its own name.
 
 The receiver says what it expects and believes nothing of the message before it has checked it. No
 pickle is involved.
@@ -49,15 +49,17 @@ class Codec:
     """How the tensors of a state travel.
 
     Attributes:
-        quantizer: For every tensor; None sends all in fp32.
-        full_precision: Names of tensors that are sent in fp32 all the same.
+        quantizer: For every tensor; None sends all whole.
+        full_precision: Names of tensors that are sent whole all the same.
+        dtype: Of what is sent whole: fp32 or bf16, rounded to nearest.
     """
 
     quantizer: Quantizer | None
     full_precision: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.float32
 
     def of(self, name: str) -> Quantizer | None:
-        """The quantizer of one tensor, or None for fp32."""
+        """The quantizer of one tensor, or None where it is sent whole."""
         return None if name in self.full_precision else self.quantizer
 
 
@@ -81,7 +83,7 @@ def encode(
         check_finite(name, tensor)
         quantizer = codec.of(name)
         if quantizer is None:
-            parts[name] = tensor.float().contiguous()
+            parts[name] = tensor.to(codec.dtype).contiguous()
         else:
             for part, values in quantizer.quantize(tensor, generator).tensors().items():
                 parts[f"{name}:{part}"] = values
@@ -138,7 +140,7 @@ def _expected_parts(schema: Schema, codec: Codec) -> Parts:
     for name, shape in schema.items():
         quantizer = codec.of(name)
         if quantizer is None:
-            parts[name] = (torch.float32, shape)
+            parts[name] = (codec.dtype, shape)
         else:
             for part, expected in quantizer.parts(shape).items():
                 parts[f"{name}:{part}"] = expected
@@ -149,7 +151,7 @@ def _restore(
     name: str, shape: tuple[int, ...], quantizer: Quantizer | None, tensors: Mapping[str, Any]
 ) -> Tensor:
     if quantizer is None:
-        return tensors[name]  # type: ignore[no-any-return]
+        return tensors[name].float()  # type: ignore[no-any-return]
     parts = {part: tensors[f"{name}:{part}"] for part in quantizer.parts(shape)}
     try:
         return QuantizedTensor.from_parts(quantizer, shape, torch.float32, parts).dequantize()

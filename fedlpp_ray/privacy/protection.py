@@ -19,30 +19,32 @@ class Protection:
     Attributes:
         value: Protection, or None where it is undefined.
         reason: Why it is undefined, or None.
-        server: Utility of the server's final model.
+        server: Utility of the server's final model; None where it has none.
         strongest: Name and utility of the client's strongest model.
         floor: Name and utility of the best model that a client has without taking part.
     """
 
     value: float | None
     reason: str | None
-    server: float
+    server: float | None
     strongest: tuple[str, float]
     floor: tuple[str, float]
 
 
 def measure_protection(
-    server: float, attacks: Mapping[str, float], floor: Mapping[str, float]
+    server: float | None, attacks: Mapping[str, float], floor: Mapping[str, float]
 ) -> Protection:
     """Protection against the strongest of `attacks`.
 
     Args:
-        server: Utility of the server's final model.
+        server: Utility of the server's final model; None where it has none.
         attacks: Utility of each model that a client could have, by name. At least one.
         floor: Utility of each model that a client has without taking part, by name. At least one.
     """
     strongest = max(attacks.items(), key=lambda item: item[1])
     best_floor = max(floor.items(), key=lambda item: item[1])
+    if server is None:
+        return Protection(None, "the server has no model", None, strongest, best_floor)
     advantage = server - best_floor[1]
     if advantage <= 0:
         reason = f"the server ({server:.3f}) is not above the floor ({best_floor[1]:.3f})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -12,7 +12,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor
+from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory
+from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.runtime.placement import (
     SERVER_BUNDLE,
     Bundle,
@@ -73,29 +74,35 @@ class RayBackend:
         self._broadcast: tuple[int, Any] = (0, None)
         self._wait_until_ready(experiment.runtime.start_timeout)
 
-    def encode_broadcast(self, round: int) -> bytes:
+    def examples(self) -> Sequence[int]:
+        """Number of training examples of each client."""
+        return _get(self.server, "examples")  # type: ignore[no-any-return]
+
+    def encode_broadcast(self, round: int) -> Broadcast:
         """The server's quantized state, for every client of a round."""
         return _get(self.server, "encode_broadcast", round)  # type: ignore[no-any-return]
 
-    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+    def train(
+        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
+    ) -> list[ClientUpdate]:
         """One update from each client, in the order of the cohort; each actor pulls the next."""
         reference = self._put(round, broadcast)
 
         def send(host: Any, client: int) -> Any:
-            return host.call.remote("train", round, client, reference)
+            return host.call.remote("train", round, client, reference, cohort[client])
 
         return list(ActorPool(self.hosts).map(send, cohort))
 
-    def aggregate(self, round: int, broadcast: bytes, updates: Sequence[ClientUpdate]) -> str:
+    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
         """Fold the updates into the server's next state; returns its digest."""
         reference = self._put(round, broadcast)
         return _get(self.server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
 
-    def evaluate(self, round: int, broadcast: bytes) -> Evaluation:
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
         """The server's state and what a client has of it, measured at the same time."""
         reference = self._put(round, broadcast)
         server = self.server.call.remote("evaluate")
-        client = self.hosts[0].call.remote("evaluate", round, reference)
+        client = self.hosts[0].call.remote("evaluate", round, reference, memory)
         return Evaluation(ray.get(server), *ray.get(client))
 
     def measure_floor(self) -> Floor:
@@ -115,7 +122,7 @@ class RayBackend:
         for actor in (self.server, *self.hosts):
             ray.kill(actor)
 
-    def _put(self, round: int, broadcast: bytes) -> Any:
+    def _put(self, round: int, broadcast: Broadcast) -> Any:
         """The broadcast in the object store: put once a round, whoever uses it."""
         if self._broadcast[0] != round:
             self._broadcast = (round, ray.put(broadcast))

@@ -39,7 +39,7 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     metrics: dict[str, float] = {}  # the first name is what MLflow's compare page opens with
     if record.evaluation is not None:
         for model in EVALUATED:
-            metrics |= _prefixed(model, getattr(record.evaluation, model))
+            metrics |= _prefixed(model, getattr(record.evaluation, model) or {})
     metrics["train/loss"] = sum(record.loss) / len(record.loss)
     totals = total_bytes(transfer for past in history for transfer in past.ledger)
     metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}

@@ -52,7 +52,15 @@ def refusal(values: dict[str, object]) -> str:
         ({"client.lr": float("nan")}, ["client.lr", "finite"]),
         ({"federation.client_fraction": 0.0}, ["client_fraction", "greater than 0"]),
         ({"federation.client_fraction": 1.5}, ["client_fraction", "less than or equal to 1"]),
-        ({"federation.partition": "random"}, ["partition", "'iid' or 'dirichlet'"]),
+        ({"federation.partition": "random"}, ["partition", "'iid', 'dirichlet'", "'natural'"]),
+        ({"federation.cohort": 0}, ["federation.cohort", "greater than or equal to 1"]),
+        (
+            {"federation.cohort": 4, "federation.client_fraction": 0.5},
+            ["federation.cohort = 4", "federation.client_fraction = 0.5", "set one to null"],
+        ),
+        ({"federation.cohort": 21}, ["federation.cohort = 21", "federation.clients = 20"]),
+        ({"federation.sampling": "weighted"}, ["sampling", "'uniform' or 'examples'"]),
+        ({"task.key_column": "user"}, ["task.key_column", "'trec'"]),
         ({"server.rule": "average"}, ["server.rule", "'residual', 'replace' or 'pull'"]),
         ({"runtime.client_gpus": 2.0}, ["runtime.client_gpus", "less than or equal to 1"]),
         ({"runtime.server_cpus": 0.0}, ["runtime.server_cpus", "greater than or equal to 0.001"]),
@@ -109,6 +117,15 @@ def test_the_cohort_is_the_rounded_fraction_and_never_empty() -> None:
         )
 
     assert [size(fraction) for fraction in (0.01, 0.26, 1.0)] == [1, 3, 10]
+
+
+def test_the_cohort_may_be_a_count_and_is_a_fifth_where_nothing_is_said() -> None:
+    experiment = Experiment().with_values({"federation.clients": 30})
+    assert experiment.federation.cohort_size == 6
+    counted = experiment.with_values({"federation.cohort": 30})
+    assert counted.federation.cohort_size == 30
+    back = {"federation.cohort": None, "federation.client_fraction": 0.1}
+    assert counted.with_values(back).federation.cohort_size == 3
 
 
 def test_overrides_are_yaml_values_and_1e_3_is_a_number() -> None:

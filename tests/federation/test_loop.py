@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.federation import ClientUpdate, Federation, RoundRecord, checkpoint
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.loop import _Clock
+from fedlpp_ray.federation.records import Memory
 from fedlpp_ray.federation.results import result, run_protection
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.server import Server
-from fedlpp_ray.federation.wire import downlink_codec
+from fedlpp_ray.federation.wire import Broadcast, downlink_codec
 from fedlpp_ray.messages import Envelope, MessageError, decode
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import is_head, schema_of
@@ -28,10 +29,12 @@ class Recording(InProcess):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
-        self.sent: dict[int, bytes] = {}
+        self.sent: dict[int, Broadcast] = {}
         self.received: dict[int, list[ClientUpdate]] = {}
 
-    def train(self, round: int, cohort: Sequence[int], broadcast: bytes) -> list[ClientUpdate]:
+    def train(
+        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
+    ) -> list[ClientUpdate]:
         self.sent[round] = broadcast
         self.received[round] = super().train(round, cohort, broadcast)
         return self.received[round]
@@ -60,7 +63,7 @@ def test_the_ledger_is_the_bytes_counted_by_hand(tiny_experiment: Experiment) ->
     whole = 4 * (factors * 256 + head + bias)
     for record in history:
         assert len(record.ledger) == experiment.federation.cohort_size == 4
-        payload, updates = backend.sent[record.round], backend.received[record.round]
+        payload, updates = backend.sent[record.round][4], backend.received[record.round]
         assert tensor_bytes(payload) == quantized
         assert [tensor_bytes(update.payload) for update in updates] == [whole] * 4
         assert [t.down for t in record.ledger] == [len(payload)] * 4
@@ -78,7 +81,7 @@ def test_the_head_travels_quantized_unless_asked_otherwise(
     server = Server(experiment)
     state = dict(server._state)
     codec = downlink_codec(experiment.downlink, schema_of(state))
-    payload = server.encode_broadcast(1)
+    payload = server.encode_broadcast(1)[experiment.lora.rank]
     received = decode(payload, Envelope("broadcast", 1), schema_of(state), codec)
     for name, tensor in state.items():
         exact = full_precision_head and is_head(name)
@@ -176,7 +179,7 @@ def test_the_server_refuses_a_hostile_update_and_keeps_its_state(
     experiment = tiny_experiment.with_values({"server.max_update_norm": 1e-6})
     backend = InProcess(experiment)
     broadcast = backend.encode_broadcast(1)
-    updates = backend.train(1, [0, 1], broadcast)
+    updates = backend.train(1, {0: None, 1: None}, broadcast)
     before = dict(backend._server._state)
     with pytest.raises(MessageError, match=r"norm is .* allowed is 1e-06"):
         backend.aggregate(1, broadcast, updates)
