@@ -167,7 +167,7 @@ def check_mlflow(storage: Path, sweep: str) -> None:
         names = set(run.data.metrics)
         assert names >= {"server/accuracy", "client_before/loss", "floor", "seconds/train"}
         files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-        assert files >= {"adapter", "experiment.yaml", "history.json", "result.json"}
+        assert files >= {"adapter", "experiment.yaml", "history.json", "labels.png", "result.json"}
         downloaded = Path(client.download_artifacts(run.info.run_id, "."))
         outcome = json.loads((downloaded / "result.json").read_text())
         logged = run.data.metrics["server/accuracy"]

@@ -22,6 +22,9 @@ from fedlpp_ray.federation.checkpoint import read_history
 from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, named_values, reported, round_metrics
 
+PICTURE = "labels.png"
+"""Name of the artifact that shows the label distribution of the clients."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,11 +84,19 @@ class MlflowCallback(Callback):
         if trial.trial_id not in self._runs:
             from fedlpp_ray.tracking.mlflow_runs import SWEEP_TAG, TRIAL_TAG
 
-            config = self._base.with_values(values_of(trial.config)).model_dump(mode="json")
+            experiment = self._base.with_values(values_of(trial.config))
+            config = experiment.model_dump(mode="json")
             tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
             name = named_values(trial.config, self._keys)
-            self._runs[trial.trial_id] = self._tracker.open(name, config, tags)
+            run = self._runs[trial.trial_id] = self._tracker.open(name, config, tags)
+            self._try(lambda: self._draw(run, experiment))
         return self._runs[trial.trial_id]
+
+    def _draw(self, run: str, experiment: Experiment) -> None:
+        """Add the picture of how labels lie at the clients."""
+        from fedlpp_ray.tasks.picture import experiment_picture
+
+        self._tracker.client.log_figure(run, experiment_picture(experiment), PICTURE)
 
     def _close(self, trial: Any, status: Literal["FINISHED", "FAILED"]) -> None:
         with ExitStack() as stack:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlpp_ray.tasks.partition import Partition
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.tasks.partition import Partition, partition
+from fedlpp_ray.tasks.registry import load_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,23 +20,23 @@ TICKS = 25
 """At most so many clients and labels are named."""
 
 
-def label_picture(labels: Sequence[int], partition: Partition, names: Sequence[str]) -> Figure:
+def label_picture(labels: Sequence[int], shares: Partition, names: Sequence[str]) -> Figure:
     """A column a client: above, its number of examples; below, each label's share of them.
 
     Of more than 100 clients, 100 are drawn at even distances, the first and the last among them.
 
     Args:
         labels: The training labels, one an example.
-        partition: Whose each example is.
+        shares: Whose each example is.
         names: Of the labels, by number.
     """
     from matplotlib.figure import Figure  # as in report.py: only who draws imports it
 
-    total = len(partition)
+    total = len(shares)
     clients = np.linspace(0, total - 1, min(total, CLIENTS)).round().astype(np.int64).tolist()
     counts = np.array(
         [
-            np.bincount([labels[i] for i in partition.indices(client)], minlength=len(names))
+            np.bincount([labels[i] for i in shares.indices(client)], minlength=len(names))
             for client in clients
         ]
     )
@@ -54,3 +56,15 @@ def label_picture(labels: Sequence[int], partition: Partition, names: Sequence[s
     below.set_xlabel("client")
     figure.colorbar(image, ax=below, label="share of the client's examples")
     return figure
+
+
+def experiment_picture(experiment: Experiment) -> Figure:
+    """`label_picture` of an experiment's own text and partition.
+
+    Raises:
+        TaskError, AssetError: the data cannot be used.
+    """
+    task = load_task(experiment.task)
+    train = task.train
+    shares = partition(train.labels, experiment.federation, experiment.seed, train.keys)
+    return label_picture(train.labels, shares, task.labels)

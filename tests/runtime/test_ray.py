@@ -75,13 +75,13 @@ def test_each_actor_has_its_own_bundle(tiny_experiment: Experiment) -> None:
 def test_the_broadcast_is_put_once_a_round(
     tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    puts: list[bytes] = []
+    puts: list[dict[int, bytes]] = []
     original = ray.put
     monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
     run_in_ray(tiny_experiment)
     # One for each of 3 rounds, and one for the state that the last evaluation measures.
     assert len(puts) == tiny_experiment.federation.rounds + 1
-    assert all(isinstance(value, bytes) for value in puts)
+    assert all(list(map(type, value.values())) == [bytes] for value in puts)
 
 
 def test_resources_follow_from_the_experiment() -> None:
