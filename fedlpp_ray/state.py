@@ -13,13 +13,15 @@ State = dict[str, Tensor]
 """Trainable tensors by name, fp32 on the CPU: per adapted layer A (r, d_in) and B (d_out, r), and
 the classification head. The names are those of PEFT's adapter files, in sorted order."""
 
-Part = Literal["A", "B", "residual", "head"]
+Part = Literal["A", "B", "residual", "head", "variate"]
 _MARKS: dict[Literal["A", "B", "residual"], str] = {
     "A": ".lora_A.weight",
     "B": ".lora_B.weight",
     "residual": ".residual.weight",
 }
 
+VARIATE = "variate:"
+"""Prefix of SCAFFOLD's control variate of a tensor."""
 FACTOR_AXIS: dict[Part, int] = {"A": 0, "B": 1}
 """The axis of a factor that has the rank."""
 
@@ -47,7 +49,9 @@ def state_digest(state: State) -> str:
 
 
 def part(name: str) -> Part:
-    """What a state's tensor is: a layer's factor A or B, its residual, or part of the head."""
+    """What a state's tensor is: a factor A or B, a residual, part of the head, or a variate."""
+    if name.startswith(VARIATE):
+        return "variate"
     for kind, mark in _MARKS.items():
         if name.endswith(mark):
             return kind

@@ -190,10 +190,22 @@ class ClientConfig(Section):
     """The learning rate from round to round."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """mu of FedProx's mu/2 ||w - D||^2 (arXiv 1812.06127); 0: none."""
+    scaffold: bool = False
+    """Correct the client's drift by SCAFFOLD's control variates (arXiv 1910.06378). The server's
+    travels with the broadcast, through its quantizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size: Positive = 16
     max_broadcast_norm: PositiveFloat = 1e4
     """A broadcast with a larger L2 norm is refused."""
+
+    @model_validator(mode="after")
+    def _variates_exist(self) -> Self:
+        if self.scaffold and (self.optimizer, self.momentum) != ("sgd", 0.0):
+            raise ValueError(
+                "client.scaffold needs client.optimizer 'sgd' with client.momentum 0: only there "
+                "is the way that a client went the sum of its gradients, as its variate must be"
+            )
+        return self
 
     @model_validator(mode="after")
     def _base_exists(self) -> Self:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import safetensors.torch
+import torch
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
@@ -23,15 +24,16 @@ from fedlpp_ray.lora import (
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier, quantize_base
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.state import State, part, schema_of
+from fedlpp_ray.state import VARIATE, State, part, schema_of
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import (
     ClientRule,
     Descent,
     FedProx,
+    Scaffold,
+    client_descent,
     configure_torch,
     evaluate,
-    schedule_factor,
     train_locally,
 )
 
@@ -89,7 +91,8 @@ class ClientHost:
         """
         start = time.perf_counter()
         received = self._receive(round, client, broadcast, memory)
-        loss = self._train_client(round, client)
+        rules = self._rules(received, memory)
+        loss = self._train_client(round, client, rules)
         rank = self._experiment.lora.rank_of(client)
         after = read_state(self._model, rank)
         update = {name: after[name] - received[name] for name in self._wire.update(round, rank)}
@@ -106,6 +109,9 @@ class ClientHost:
                 f"{error}"
             ) from None
         kept = {n: t for n, t in after.items() if part(n) in self._wire.method.personal}
+        for rule in rules:
+            if isinstance(rule, Scaffold):
+                kept |= {f"{VARIATE}{name}": c for name, c in rule.variate.items()}
         if self._experiment.uplink.error_feedback:
             sent = decode(payload, envelope, schema_of(update), self._wire.uplink)
             errors |= {name: update[name] - sent[name] for name in update}
@@ -130,9 +136,9 @@ class ClientHost:
             memory: The strongest client's.
         """
         strongest = self._text.strongest
-        self._receive(round, strongest, broadcast, memory)
+        received = self._receive(round, strongest, broadcast, memory)
         before = evaluate(self._model, self._text.held_out, self._device)
-        self._train_client(round, strongest)
+        self._train_client(round, strongest, self._rules(received, memory))
         return before, evaluate(self._model, self._text.held_out, self._device)
 
     def measure_floor(self) -> Floor:
@@ -140,7 +146,8 @@ class ClientHost:
         federation, strongest = self._experiment.federation, self._text.strongest
         self._write(self._initial, strongest)
         base = evaluate(self._model, self._text.held_out, self._device)
-        self._train(0, strongest, federation.rounds * federation.local_steps, scale=1.0)
+        steps = federation.rounds * federation.local_steps  # of LoRA whole, whatever the method
+        self._train(0, strongest, steps, client_descent(self._experiment, 1))
         local_only = evaluate(self._model, self._text.held_out, self._device)
         return Floor(base, local_only, strongest, self._text.examples[strongest])
 
@@ -155,8 +162,9 @@ class ClientHost:
             raise MessageError(
                 f"round {round}, broadcast refused: {error} (client.max_broadcast_norm = {limit:g})"
             ) from None
-        own = {n: t for n, t in _load(memory).items() if not n.startswith(ERROR)}
-        self._write(self._initial | state | own, client)
+        own = {n: t for n, t in _load(memory).items() if n in self._initial}
+        held = {n: t for n, t in state.items() if n in self._initial}
+        self._write(self._initial | held | own, client)
         return state
 
     def _write(self, state: State, client: int) -> None:
@@ -164,38 +172,43 @@ class ClientHost:
         rank = self._experiment.lora.rank_of(client)
         write_state(self._model, {n: at_rank(n, tensor, rank) for n, tensor in state.items()})
 
-    def _train_client(self, round: int, client: int) -> float:
-        """A client's training in a round; what would follow the last round is as the last."""
-        config, rounds = self._experiment.client, self._experiment.federation.rounds
-        scale = schedule_factor(config.round_schedule, min(round, rounds) - 1, rounds)
-        rules = (FedProx(config.proximal),) if config.proximal else ()
+    def _rules(self, received: State, memory: Memory) -> list[ClientRule]:
+        """The corrections of a client's gradient in a round."""
+        config = self._experiment.client
+        rules: list[ClientRule] = [FedProx(config.proximal)] if config.proximal else []
+        if config.scaffold:
+            c = {name: received[f"{VARIATE}{name}"] for name in self._wire.variates}
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in c.items()}
+            own = {n.removeprefix(VARIATE): t for n, t in _load(memory).items()}
+            rules.append(Scaffold(c, {name: own.get(name, zero) for name, zero in zeros.items()}))
+        return rules
+
+    def _train_client(self, round: int, client: int, rules: Sequence[ClientRule]) -> float:
+        """A client's training in a round."""
         steps = self._experiment.federation.local_steps
-        return self._train(round, client, steps, scale=scale, rules=rules)
+        descent = client_descent(self._experiment, round)
+        with training_only(self._model, self._wire.method.trained(round)):
+            return self._train(round, client, steps, descent, rules)
 
     def _train(
         self,
         round: int,
         client: int,
         steps: int,
-        *,
-        scale: float,
+        descent: Descent,
         rules: Sequence[ClientRule] = (),
     ) -> float:
-        config = self._experiment.client
-        with training_only(self._model, self._wire.method.trained(round)):
-            return train_locally(
-                self._model,
-                self._text.client(client),
-                config,
-                steps=steps,
-                seed=derive(self._experiment.seed, "local", round, client),
-                pad=self._text.pad,
-                device=self._device,
-                descent=Descent(
-                    config.optimizer, config.momentum, config.schedule, config.warmup, scale
-                ),
-                rules=rules,
-            )
+        return train_locally(
+            self._model,
+            self._text.client(client),
+            self._experiment.client,
+            steps=steps,
+            seed=derive(self._experiment.seed, "local", round, client),
+            pad=self._text.pad,
+            device=self._device,
+            descent=descent,
+            rules=rules,
+        )
 
 
 def _load(memory: Memory) -> State:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from fedlpp_ray.aggregation import METHODS, find_method
-from fedlpp_ray.aggregation.methods.base import keep
+from fedlpp_ray.aggregation import METHODS, Method, find_method
+from fedlpp_ray.aggregation.methods.base import keep, mean_update
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.lora import add_lora
 from fedlpp_ray.models import check_base, check_text, load_outline, load_tokenizer
@@ -72,6 +72,12 @@ def _check_method(experiment: Experiment) -> None:
             f"server.send_residual: server.aggregation '{name}' writes nothing into the base; "
             f"methods that do: {able}"
         )
+    _check_variates(experiment, method)
+    if experiment.downlink.rotate and experiment.uplink.error_feedback:
+        raise ConfigError(
+            "uplink.error_feedback adds what an earlier round's rounding took, and downlink.rotate "
+            "turns every round another way: use one of them"
+        )
     if experiment.downlink.rotate and not {"A", "B"} <= method.travels:
         raise ConfigError(
             f"downlink.rotate turns A and B together, and with server.aggregation '{name}' only "
@@ -82,3 +88,24 @@ def _check_method(experiment: Experiment) -> None:
             f"server.optimizer '{experiment.server.optimizer}' steps along factors, and "
             f"server.aggregation '{name}' goes on from the mean of products; allowed: fedavg"
         )
+
+
+def _check_variates(experiment: Experiment, method: Method) -> None:
+    """Refuse what would make SCAFFOLD's variates other than mean gradients."""
+    if not experiment.client.scaffold:
+        return
+    reasons = {
+        f"server.aggregation '{experiment.server.aggregation}' does not average the updates of all "
+        "that is trained": method.refit is not keep
+        or method.direction is not mean_update
+        or bool(method.personal),
+        "lora.client_ranks gives clients other tensors than the server": bool(
+            experiment.lora.client_ranks
+        ),
+        "downlink.rotate turns every round another way": experiment.downlink.rotate,
+        "federation.sampling 'examples' weights clients twice": experiment.federation.sampling
+        != "uniform",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"client.scaffold: {reason}")

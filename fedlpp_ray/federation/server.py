@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from fedlpp_ray.aggregation import Return, find_method, fold, make_optimizer, weights
+from fedlpp_ray.aggregation.methods import mean_update
 from fedlpp_ray.aggregation.products import pad, rotate, truncate
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
@@ -18,12 +20,18 @@ from fedlpp_ray.lora import add_lora, add_residuals, read_state, write_state
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import load_classifier
 from fedlpp_ray.seeds import generator
-from fedlpp_ray.state import State, part, schema_of, state_digest
+from fedlpp_ray.state import VARIATE, State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
-from fedlpp_ray.training import configure_torch, evaluate
+from fedlpp_ray.training import (
+    client_descent,
+    configure_torch,
+    evaluate,
+    next_server_variate,
+)
 
 ADAPTER_STATE = "adapter_model.safetensors"
 RESIDUAL, OPTIMIZER = "residual.safetensors", "optimizer.safetensors"
+VARIATES = "variates.safetensors"
 
 
 class Server:
@@ -48,6 +56,7 @@ class Server:
         self._initial = read_state(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
+        self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
         config = experiment.server
         self._optimizer = make_optimizer(
             config.optimizer,
@@ -70,8 +79,8 @@ class Server:
     def _encode(self, round: int, rank: int) -> bytes:
         own = rank == self._experiment.lora.rank
         random = generator(self._experiment.seed, "broadcast", round, *(() if own else (rank,)))
-        names = self._wire.broadcast(rank)
-        state = truncate({name: self._state[name] for name in names}, rank)
+        held = self._state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
+        state = truncate({name: held[name] for name in self._wire.broadcast(rank)}, rank)
         state = self._rotate(round, state)
         return encode(Envelope("broadcast", round), state, self._wire.downlink, random)
 
@@ -104,7 +113,27 @@ class Server:
             optimizer=self._optimizer,
             random=generator(self._experiment.seed, "aggregate", round),
         )
+        if self._variates:
+            self._renew_variates(round, updates, mean_update(returns, {}), received[lora.rank])
         return state_digest(self._state)
+
+    def _renew_variates(
+        self, round: int, updates: Sequence[ClientUpdate], mean: State, received: State
+    ) -> None:
+        """SCAFFOLD's c, from K - D and what clients received of c."""
+        experiment = self._experiment
+        counts = self._text.examples
+        by_examples = experiment.server.weighting == "examples"
+        cohort = [counts[u.client] if by_examples else 1 for u in updates]
+        share = sum(cohort) / (sum(counts) if by_examples else len(counts))
+        descent = client_descent(experiment, round)
+        self._variates = next_server_variate(
+            self._variates,
+            {name: received[f"{VARIATE}{name}"] for name in self._variates},
+            mean,
+            share=share,
+            travelled=descent.travelled(experiment.client.lr, experiment.federation.local_steps),
+        )
 
     def _received(self, round: int, rank: int, payload: bytes) -> State:
         """What clients of a rank have decoded, at the server's rank; what never travels, as it is.
@@ -150,14 +179,20 @@ class Server:
         """The state as files by name: a PEFT adapter, and what an adapter cannot hold.
 
         `residual.safetensors` has what is added to the base, times alpha / rank;
-        `optimizer.safetensors` what the server's optimiser remembers. Each only where there is any.
+        `optimizer.safetensors` what the server's optimiser remembers; `variates.safetensors`
+        SCAFFOLD's c. Each only where there is any.
         """
         write_state(self._model, self._initial | self._state)
         with tempfile.TemporaryDirectory() as folder:
             self._model.save_pretrained(folder, save_embedding_layers=False)
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
-        for name, tensors in ((RESIDUAL, residuals), (OPTIMIZER, self._optimizer.state_dict())):
+        beside = {
+            RESIDUAL: residuals,
+            OPTIMIZER: self._optimizer.state_dict(),
+            VARIATES: self._variates,
+        }
+        for name, tensors in beside.items():
             if tensors:
                 files[name] = safetensors.torch.save(tensors)
         return files
@@ -176,3 +211,5 @@ class Server:
         self._state = {name: state[name] for name in sorted(self._wire.kept)}
         if OPTIMIZER in adapter:
             self._optimizer.load_state_dict(safetensors.torch.load(adapter[OPTIMIZER]))
+        if VARIATES in adapter:
+            self._variates = safetensors.torch.load(adapter[VARIATES])

@@ -10,7 +10,7 @@ from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig, Experiment, UplinkConfig
 from fedlpp_ray.messages import Codec
 from fedlpp_ray.quantization import Quantizer
-from fedlpp_ray.state import FACTOR_AXIS, Part, Schema, part
+from fedlpp_ray.state import FACTOR_AXIS, VARIATE, Part, Schema, part
 
 BF16 = 16
 """The value of `uplink.bits` that means bf16."""
@@ -53,6 +53,7 @@ class Wire:
         method: The aggregation method, which says what travels.
         ranks: Every rank that a broadcast is made for, the server's among them.
         kept: Names of the server's state.
+        variates: Names and shapes of what has a control variate.
         downlink, uplink: The codecs.
     """
 
@@ -63,19 +64,23 @@ class Wire:
         self._sent: frozenset[Part] = self.method.travels
         if experiment.server.send_residual:
             self._sent |= {"residual"}
+        self.variates: Schema = {}
+        if experiment.client.scaffold:
+            self.variates = self._select(self.method.travels, experiment.lora.rank)
         self.kept = frozenset(n for n in schema if part(n) in self.method.travels | {"residual"})
         self.uplink = uplink_codec(experiment.uplink)
         self.downlink = downlink_codec(experiment.downlink, self.broadcast(experiment.lora.rank))
 
     def broadcast(self, rank: int) -> Schema:
         """Names and shapes of the broadcast for clients of a rank."""
-        return self._select(self._sent, rank)
+        variates = {f"{VARIATE}{name}": shape for name, shape in self.variates.items()}
+        return dict(sorted((self._select(self._sent, rank) | variates).items()))
 
     def update(self, round: int, rank: int) -> Schema:
         """Names and shapes of what a client of a rank returns in a round."""
         return self._select(self.method.trained(round) & self.method.travels, rank)
 
-    def _select(self, parts: frozenset[Part], rank: int) -> Schema:
+    def _select(self, parts: frozenset[Part], rank: int) -> dict[str, tuple[int, ...]]:
         return {
             name: _shape_at_rank(name, shape, rank)
             for name, shape in self._schema.items()

@@ -9,6 +9,7 @@ from fedlpp_ray.training.rules import (
     FedProx,
     Scaffold,
     Schedule,
+    client_descent,
     next_server_variate,
     schedule_factor,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "FedProx",
     "Scaffold",
     "Schedule",
+    "client_descent",
     "configure_torch",
     "evaluate",
     "next_server_variate",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from fedlpp_ray.config import Experiment
 from fedlpp_ray.state import State
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -75,6 +76,13 @@ class Descent:
 
 
 PLAIN = Descent()
+
+
+def client_descent(experiment: Experiment, round: int) -> Descent:
+    """How clients descend in a round; what would follow the last round is as the last."""
+    config, rounds = experiment.client, experiment.federation.rounds
+    scale = schedule_factor(config.round_schedule, min(round, rounds) - 1, rounds)
+    return Descent(config.optimizer, config.momentum, config.schedule, config.warmup, scale)
 
 
 class ClientRule(Protocol):

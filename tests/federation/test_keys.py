@@ -144,7 +144,7 @@ def test_the_seed_reaches_partition_cohort_and_local_training(tiny_experiment: E
     for experiment in (tiny_experiment, other):
         host._experiment = experiment
         host.measure_floor()  # leaves a known state behind
-        losses.append(host._train_client(1, 0))
+        losses.append(host._train_client(1, 0, ()))
     assert losses[0] != losses[1]
 
 

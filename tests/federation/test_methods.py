@@ -118,6 +118,15 @@ def test_ffa_lora_leaves_a_where_it_began(tiny_experiment: Experiment) -> None:
         assert torch.equal(before[name], after[name]) == (part(name) == "A"), name
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_floor_is_local_lora_whatever_the_method(
+    tiny_experiment: Experiment, name: str
+) -> None:
+    """RoLoRA's first factor alone would learn nothing while the other is zero."""
+    expected = InProcess(tiny_experiment).measure_floor()
+    assert InProcess(method(tiny_experiment, name)).measure_floor() == expected
+
+
 def test_fedsa_clients_keep_their_own_b(tiny_experiment: Experiment) -> None:
     experiment = method(
         tiny_experiment, "fedsa-lora", federation__client_fraction=1.0, federation__rounds=2
