@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STORAGE ?= results
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install sweep ui test test-slow lint format bench clean
+.PHONY: install sweep ui test test-slow lint format bench bench-methods clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+bench-methods: $(INSTALLED)
+	$(BIN)/python -m benchmarks.methods
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods [--seeds N] [--out FILE] [NAME ...]
 
-Each configuration is run with each seed, in this process. A row is the mean over the seeds; `server`
-has the standard deviation over them behind it. What fails keeps its row, with the reason.
+Each configuration is run with each seed, in this process. A row is the mean over the seeds, and
+`server` has the standard deviation over them behind it. What fails keeps its row, with the reason.
 """
 
 from __future__ import annotations

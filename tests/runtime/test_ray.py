@@ -34,7 +34,20 @@ def run_in_ray(experiment: Experiment) -> tuple[list[dict[str, object]], Any]:
         return numbers(federation.history), (backend.measure_floor(), hosts)
 
 
-def test_one_and_three_actors_give_the_bits_of_one_process(tiny_experiment: Experiment) -> None:
+STATEFUL = {
+    "server.aggregation": "flexlora",
+    "lora.client_ranks": [2, 4],
+    "uplink.bits": 4,
+    "uplink.error_feedback": True,
+    "downlink.rounding": "stochastic",
+}
+
+
+@pytest.mark.parametrize("values", [{}, STATEFUL], ids=["default", "ranks and memories"])
+def test_one_and_three_actors_give_the_bits_of_one_process(
+    tiny_experiment: Experiment, values: dict[str, object]
+) -> None:
+    tiny_experiment = tiny_experiment.with_values(values)
     in_process = InProcess(tiny_experiment)
     federation = Federation(tiny_experiment, in_process)
     expected = numbers(list(federation.run()))
