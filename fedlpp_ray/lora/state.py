@@ -45,8 +45,9 @@ def add_residuals(model: nn.Module) -> None:
     E (d_out, d_in) is a frozen buffer beside the base, whatever the base's format.
     """
     for module in _lora_layers(model).values():
-        shape = (module.lora_B[ADAPTER].out_features, module.lora_A[ADAPTER].in_features)
-        module.register_buffer("residual", torch.zeros(shape), persistent=False)
+        b, a = module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].weight
+        residual = torch.zeros(b.shape[0], a.shape[1], device=a.device)
+        module.register_buffer("residual", residual, persistent=False)
         module.register_forward_hook(_add_residual)
 
 
