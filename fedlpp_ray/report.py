@@ -40,9 +40,8 @@ def summarize(
         row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)
-    for metric in objectives:
-        if metric not in table:
-            table[metric] = math.nan
+    for metric in {*objectives, *_COLUMNS} - set(table):  # no trial has it
+        table[metric] = math.nan
     points = table[list(objectives)].astype(float).where(table["status"] == "finished")
     table[BEST] = non_dominated(points.to_numpy(), objectives.values())
     return table

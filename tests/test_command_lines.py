@@ -77,6 +77,30 @@ def test_train_in_process_and_in_ray_write_the_same_result(
     assert adapted.peft_config["default"].r == 2
 
 
+METHODS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+SMALL = ("model", "task", "federation")
+"""Sections that make an experiment tiny and leave its method as it is."""
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_every_shipped_method_runs_from_the_command_line(
+    path: Path,
+    tiny_values: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny = {k: v for k, v in tiny_values.items() if k.partition(".")[0] in SMALL}
+    tiny |= {"model.sha256": "null", "federation.rounds": 2}
+    overrides = [f"{key}={value}" for key, value in tiny.items()]
+    output = tmp_path / "out.json"
+    assert train.main([str(path), *overrides, "--in-process", "--json", str(output)]) == 0
+    shown = capsys.readouterr().err
+    assert "round 2/2" in shown
+    assert "protection" in shown
+    without = [record["server"] is None for record in json.loads(output.read_text())["history"]]
+    assert without == [path.stem == "fedsa_lora"] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

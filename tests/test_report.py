@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_plots_are_drawn_also_of_sweeps_with_failures(
         table = summarize(chosen, ["downlink.bits"], OBJECTIVES)
         save_plot(table, ["downlink.bits"], tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_sweep_without_server_models_has_a_table_and_a_plot(
+    outcomes: list[TrialOutcome], tmp_path: Path
+) -> None:
+    metrics = {k: v for k, v in outcomes[0].metrics.items() if not k.startswith("server/")}
+    table = summarize(
+        [replace(outcomes[0], metrics=metrics)], ["downlink.bits"], {"bytes/total": "min"}
+    )
+    assert list(table["non_dominated"]) == [True]
+    console_table(table, ["downlink.bits"])
+    save_plot(table, ["downlink.bits"], tmp_path / "x.png")
 
 
 def test_a_sweep_of_failures_has_a_table(outcomes: list[TrialOutcome]) -> None:

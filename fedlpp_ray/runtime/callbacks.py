@@ -137,7 +137,9 @@ class ProgressCallback(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Show a finished trial."""
         metrics = reported(trial.last_result or {})
-        shown = [f"server {metrics.get('server/accuracy', float('nan')):.3f}"]
+        shown = []
+        if "server/accuracy" in metrics:
+            shown.append(f"server {metrics['server/accuracy']:.3f}")
         if PROTECTION in metrics:
             value = metrics[PROTECTION]
             shown.append(f"protection {'undefined' if math.isnan(value) else f'{value:+.3f}'}")

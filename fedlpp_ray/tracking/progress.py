@@ -36,9 +36,8 @@ def round_line(record: RoundRecord, total: int) -> str:
     received = sum(transfer.up for transfer in record.ledger)
     parts = [f"round {record.round:>{len(str(total))}}/{total}"]
     if record.evaluation is not None:
-        parts += [
-            f"{model} {getattr(record.evaluation, model)[UTILITY]:.3f}" for model in EVALUATED
-        ]
+        measured = {model: getattr(record.evaluation, model) for model in EVALUATED}
+        parts += [f"{name} {found[UTILITY]:.3f}" for name, found in measured.items() if found]
     parts.append(f"down {sent / 1e3:.0f} kB  up {received / 1e3:.0f} kB")
     parts.append(f"{record.seconds['total']:.1f} s")
     return "  ".join(parts)
@@ -48,12 +47,13 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
     """A finished run in words: the floor, the strongest client, and protection."""
     floor, protection = outcome["floor"], outcome["protection"]
     strongest, utility = protection["strongest"]
-    value = protection["value"]
+    value, server = protection["value"], protection["server"]
+    compared = "" if server is None else f"  server {server:.3f}"
     return [
         f"floor     base {floor['base'][UTILITY]:.3f}  "
         f"local-only {floor['local_only'][UTILITY]:.3f} (client {floor['client']}, "
         f"{floor['examples']} examples)",
-        f"strongest client model  {utility:.3f} ({strongest})  server {protection['server']:.3f}",
+        f"strongest client model  {utility:.3f} ({strongest}){compared}",
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
     ]
