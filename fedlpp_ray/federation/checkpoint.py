@@ -25,7 +25,6 @@ def save(federation: Federation, folder: Path) -> None:
     """
     write_adapter(federation.backend.adapter(), folder / ADAPTER)
     for client, memory in federation.memories.items():
-        assert memory is not None
         (folder / CLIENTS).mkdir(exist_ok=True)
         (folder / CLIENTS / f"{client}.safetensors").write_bytes(memory)
     text = dump_experiment(

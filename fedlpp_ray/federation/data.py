@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import load_tokenizer
 from fedlpp_ray.tasks import Batch, Encoded, encode, evaluation_batches, load_task, partition
 
@@ -19,6 +20,7 @@ class FederatedText:
         labels: Number of classes.
         partition: Which training examples each client has.
         examples: Number of training examples of each client.
+        strongest: The client whose model is measured (`strongest_client`).
         pad: Token id to pad with.
         held_out: Batches that every model is evaluated on.
 
@@ -34,6 +36,7 @@ class FederatedText:
         self.partition = partition(train.labels, experiment.federation, experiment.seed, train.keys)
         self.labels = len(task.labels)
         self.examples = array("q", self.partition.sizes.tobytes())
+        self.strongest = strongest_client(experiment.lora, self.examples)
         self.pad: int = tokenizer.pad_token_id
         self.held_out: list[Batch] = evaluation_batches(
             encode(task.held_out, tokenizer, length), self.pad, experiment.evaluation.batch_size
@@ -48,8 +51,3 @@ class FederatedText:
             examples = self._train.take(self.partition.indices(client).tolist())
             self._clients[client] = encode(examples, self._tokenizer, self._length)
         return self._clients[client]
-
-    @property
-    def strongest(self) -> int:
-        """The client with the most examples, the lowest number among equals."""
-        return int(self.partition.sizes.argmax())

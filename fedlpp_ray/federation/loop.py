@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory, RoundRecord
-from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.sampling import sample_cohort, strongest_client
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.messages import Transfer
 
@@ -63,8 +63,9 @@ class Federation:
         self.experiment = experiment
         self.backend = backend
         self.history: list[RoundRecord] = []
-        self.memories: dict[int, Memory] = {}
+        self.memories: dict[int, bytes] = {}
         self._examples = backend.examples()
+        self._strongest = strongest_client(experiment.lora, self._examples)
 
     def run(self) -> Iterator[RoundRecord]:
         """The rounds that remain, each yielded as it ends."""
@@ -111,8 +112,7 @@ class Federation:
 
     def _evaluate(self, round: int) -> Evaluation:
         """Measure the state after a round through the broadcast that the next round would send."""
-        strongest = max(range(len(self._examples)), key=self._examples.__getitem__)
-        memory = self.memories.get(strongest)
+        memory = self.memories.get(self._strongest)
         return self.backend.evaluate(round + 1, self.backend.encode_broadcast(round + 1), memory)
 
 

@@ -53,7 +53,7 @@ def check(experiments: Iterable[Experiment]) -> None:
 def _check_method(experiment: Experiment) -> None:
     """Refuse what the aggregation method cannot do."""
     name, method = experiment.server.aggregation, find_method(experiment.server.aggregation)
-    ranks = {experiment.lora.rank_of(client) for client in range(experiment.federation.clients)}
+    ranks = set(experiment.lora.client_ranks or [experiment.lora.rank])
     if ranks != {experiment.lora.rank} and not method.mixed_ranks:
         able = ", ".join(key for key, known in METHODS.items() if known.mixed_ranks)
         raise ConfigError(

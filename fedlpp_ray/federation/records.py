@@ -41,7 +41,7 @@ class Evaluation:
     Attributes:
         server: Full-precision base and S; None where `evaluation.server` is false.
         client_before: What a client receives: its base and D = deq(quant(S)).
-        client_after: The same after the local training of the client with the most examples.
+        client_after: The same after the local training of the strongest client.
     """
 
     server: Metrics | None
@@ -51,7 +51,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Floor:
-    """What the client with the most examples has without taking part.
+    """What the strongest client has without taking part.
 
     Attributes:
         base: The client's base with no adapter (and an untrained head).

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Who takes part in a round, and who could make the most of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlpp_ray.config import FederationConfig
+from fedlpp_ray.config import FederationConfig, LoraConfig
 from fedlpp_ray.seeds import derive
 
 
@@ -39,3 +39,16 @@ def sample_cohort(
     times = np.random.default_rng(purpose).standard_exponential(config.clients) / np.asarray(sizes)
     first = np.argpartition(times, config.cohort_size - 1)[: config.cohort_size]
     return tuple(np.sort(first).tolist())
+
+
+def strongest_client(config: LoraConfig, sizes: Sequence[int]) -> int:
+    """The client whose model is measured: of the largest rank the one with the most examples.
+
+    A client of a smaller rank receives a coarser model. Among equals, the lowest number.
+
+    Args:
+        config: The clients' ranks.
+        sizes: (clients,) number of examples of each.
+    """
+    ranks = np.array([config.rank_of(client) for client in range(len(sizes))])
+    return int(np.where(ranks == ranks.max(), np.asarray(sizes), -1).argmax())

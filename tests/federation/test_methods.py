@@ -10,12 +10,13 @@ import safetensors.torch
 import torch
 
 from fedlpp_ray.aggregation import METHODS
-from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.config import ConfigError, Experiment, LoraConfig
 from fedlpp_ray.federation import Federation, checkpoint, preflight
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.results import result
+from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.federation.server import ADAPTER_STATE, RESIDUAL
 from fedlpp_ray.messages import Envelope, decode
 from fedlpp_ray.state import part
@@ -196,6 +197,13 @@ def test_clients_of_several_ranks_are_sent_and_send_their_own(
     # One rank of 4 layers of 64 x 64 is 512 parameters, fp32 up.
     assert ups[1] - ups[0] == pytest.approx(3 * 512 * 4, abs=64)
     assert by_rank[4].pop() - by_rank[1].pop() == pytest.approx(3 * 512 * (1 + 4 / 64), abs=64)
+
+
+def test_the_measured_client_is_of_the_largest_rank() -> None:
+    """A client of a smaller rank has a coarser model: measuring it would understate the leak."""
+    mixed = LoraConfig(rank=8, client_ranks=(2, 8))
+    assert strongest_client(mixed, [90, 5, 80, 7, 70, 7]) == 3
+    assert strongest_client(LoraConfig(rank=8), [5, 9, 9]) == 1
 
 
 @pytest.mark.parametrize(
