@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 def check(experiments: Iterable[Experiment]) -> None:
     """Load each text once and share it out as each federation does; fit bases and adapters.
 
-    The models are built without weights. How many examples no client has is
-    logged.
+    The models are built without weights. How many examples no client has is logged.
 
     Raises:
         AssetError, TaskError: a model, its tokenizer or data cannot be used.

@@ -11,7 +11,7 @@ import torch
 
 from fedlpp_ray.aggregation import OptimizerName
 from fedlpp_ray.config import ConfigError, Experiment, ServerConfig
-from fedlpp_ray.federation import Federation, checkpoint, preflight
+from fedlpp_ray.federation import Federation, preflight
 from fedlpp_ray.federation.client import ERROR
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.server import VARIATES
@@ -19,7 +19,7 @@ from fedlpp_ray.federation.wire import uplink_codec
 from fedlpp_ray.messages import Codec, Envelope, decode, encode
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import VARIATE, part, schema_of
-from tests.federation.test_loop import Recording, numbers, run, tensor_bytes
+from tests.federation.test_loop import Recording, interrupted, numbers, run, tensor_bytes
 
 SCAFFOLD = {"client.scaffold": True, "client.optimizer": "sgd", "client.lr": 0.1}
 FACTORS, HEAD = 8 * 256, 3 * 64 + 3
@@ -178,16 +178,8 @@ def test_scaffolds_server_variate_is_the_mean_of_the_clients(
         SCAFFOLD | values | {"federation.partition": "dirichlet"}
     )
     preflight.check([experiment])
-    federation = Federation(experiment, Recording(experiment))
-    stream = federation.run()
-    for _ in range(2):
-        next(stream)
-    checkpoint.save(federation, tmp_path)
-    list(stream)
-    second = Federation(experiment, Recording(experiment))
-    checkpoint.restore(second, tmp_path)
-    list(second.run())
-    assert numbers(second.history) == numbers(federation.history)
+    federation, restored = interrupted(experiment, tmp_path, after=2)
+    assert numbers(restored.history) == numbers(federation.history)
     server = safetensors.torch.load(federation.backend.adapter()[VARIATES])
     examples = federation.backend.examples()
     for name, c in server.items():

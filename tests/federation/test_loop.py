@@ -49,6 +49,22 @@ def numbers(history: Sequence[RoundRecord]) -> list[dict[str, object]]:
     return [record.to_dict() | {"seconds": None} for record in history]
 
 
+def interrupted(
+    experiment: Experiment, folder: Path, *, after: int
+) -> tuple[Federation, Federation]:
+    """A whole run, and one that another process goes on with from its checkpoint."""
+    whole = Federation(experiment, InProcess(experiment))
+    rounds = whole.run()
+    for _ in range(after):
+        next(rounds)
+    checkpoint.save(whole, folder)
+    list(rounds)
+    restored = Federation(experiment, InProcess(experiment))
+    checkpoint.restore(restored, folder)
+    list(restored.run())
+    return whole, restored
+
+
 def tensor_bytes(payload: bytes) -> int:
     return len(payload) - 8 - int.from_bytes(payload[:8], "little")
 
@@ -160,14 +176,8 @@ def test_dropout_and_stochastic_rounding_repeat_too(tiny_experiment: Experiment)
 def test_a_restored_run_goes_on_with_the_same_bits(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
-    whole = run(tiny_experiment)
-    first = Federation(tiny_experiment, InProcess(tiny_experiment))
-    next(first.run())
-    checkpoint.save(first, tmp_path)
-    second = Federation(tiny_experiment, InProcess(tiny_experiment))
-    checkpoint.restore(second, tmp_path)
-    list(second.run())
-    assert numbers(second.history) == numbers(whole)
+    whole, restored = interrupted(tiny_experiment, tmp_path, after=1)
+    assert numbers(restored.history) == numbers(whole.history) == numbers(run(tiny_experiment))
     other = tiny_experiment.with_values({"seed": 5})
     with pytest.raises(ConfigError, match="another experiment"):
         checkpoint.restore(Federation(other, InProcess(other)), tmp_path)
@@ -222,14 +232,8 @@ def test_a_checkpoint_holds_the_state_also_of_rounds_that_are_not_evaluated(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
     experiment = tiny_experiment.with_values({"evaluation.every": 3})
-    whole = run(experiment)
-    federation = Federation(experiment, InProcess(experiment))
-    next(federation.run())
-    checkpoint.save(federation, tmp_path)
-    restored = Federation(experiment, InProcess(experiment))
-    checkpoint.restore(restored, tmp_path)
-    list(restored.run())
-    assert numbers(restored.history) == numbers(whole)
+    whole, restored = interrupted(experiment, tmp_path, after=1)
+    assert numbers(restored.history) == numbers(whole.history)
 
 
 def test_communication_is_what_the_busiest_host_leaves_of_the_training_phase() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fedlpp_ray.aggregation import METHODS
 from fedlpp_ray.config import ConfigError, Experiment, LoraConfig
-from fedlpp_ray.federation import Federation, checkpoint, preflight
+from fedlpp_ray.federation import Federation, preflight
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.records import RoundRecord
@@ -20,7 +20,7 @@ from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.federation.server import ADAPTER_STATE, RESIDUAL
 from fedlpp_ray.messages import Envelope, decode
 from fedlpp_ray.state import part
-from tests.federation.test_loop import Recording, numbers
+from tests.federation.test_loop import Recording, interrupted, numbers
 
 
 def method(experiment: Experiment, name: str, **values: object) -> Experiment:
@@ -42,15 +42,7 @@ def test_a_method_learns_and_continues_after_an_interruption(
     experiment = method(
         tiny_experiment, name, federation__rounds=4, federation__local_steps=12, client__lr=2e-2
     )
-    first = Federation(experiment, InProcess(experiment))
-    stream = first.run()
-    for _ in range(2):
-        next(stream)
-    checkpoint.save(first, tmp_path)
-    list(stream)
-    second = Federation(experiment, InProcess(experiment))
-    checkpoint.restore(second, tmp_path)
-    list(second.run())
+    first, second = interrupted(experiment, tmp_path, after=2)
     assert numbers(second.history) == numbers(first.history)
     losses = [sum(record.loss) / len(record.loss) for record in first.history]
     if not METHODS[name].writes_base:  # without the residual a client starts anew each round

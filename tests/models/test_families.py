@@ -29,80 +29,65 @@ from fedlpp_ray.lora import LoraError, add_lora, read_state, write_state
 from fedlpp_ray.models import PackedLinear, quantize_base
 from fedlpp_ray.state import is_head
 
-SMALL = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
+NAMES = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
+SMALL = NAMES | {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+}
 
 
 def roberta() -> nn.Module:
-    config = RobertaConfig(
-        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
-    )
-    return RobertaForSequenceClassification(config).requires_grad_(False)
+    return RobertaForSequenceClassification(RobertaConfig(**SMALL)).requires_grad_(False)
 
 
 def llama() -> nn.Module:
-    config = LlamaConfig(
-        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
-    )
-    return LlamaForSequenceClassification(config).requires_grad_(False)
+    return LlamaForSequenceClassification(LlamaConfig(**SMALL)).requires_grad_(False)
 
 
 def qwen2() -> nn.Module:
-    config = Qwen2Config(
-        **SMALL,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=96,
-    )
+    config = Qwen2Config(**SMALL, num_key_value_heads=1)
     return Qwen2ForSequenceClassification(config).requires_grad_(False)
 
 
 def gpt2() -> nn.Module:
-    config = GPT2Config(**SMALL, n_embd=64, n_layer=1, n_head=2)
+    config = GPT2Config(**NAMES, n_embd=64, n_layer=1, n_head=2)
     return GPT2ForSequenceClassification(config).requires_grad_(False)
 
 
 def distilbert() -> nn.Module:
-    config = DistilBertConfig(**SMALL, dim=64, n_layers=1, n_heads=2, hidden_dim=96)
+    config = DistilBertConfig(**NAMES, dim=64, n_layers=1, n_heads=2, hidden_dim=96)
     return DistilBertForSequenceClassification(config).requires_grad_(False)
 
 
 def deberta() -> nn.Module:
-    config = DebertaV2Config(
-        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
-    )
-    return DebertaV2ForSequenceClassification(config).requires_grad_(False)
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL)).requires_grad_(False)
 
 
 def modernbert() -> nn.Module:
-    config = ModernBertConfig(
-        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
-    )
-    return ModernBertForSequenceClassification(config).requires_grad_(False)
+    return ModernBertForSequenceClassification(ModernBertConfig(**SMALL)).requires_grad_(False)
 
 
 @pytest.mark.parametrize(
-    ("make", "targets", "head"),
+    ("make", "head"),
     [
-        (roberta, None, ["classifier.dense", "classifier.out_proj"]),
-        (llama, None, ["score"]),
-        (qwen2, None, ["score"]),
-        (gpt2, None, ["score"]),
-        (distilbert, None, ["classifier", "pre_classifier"]),
-        (deberta, None, ["classifier", "pooler.dense"]),
-        (modernbert, None, ["classifier", "head.dense", "head.norm"]),
+        (roberta, ["classifier.dense", "classifier.out_proj"]),
+        (llama, ["score"]),
+        (qwen2, ["score"]),
+        (gpt2, ["score"]),
+        (distilbert, ["classifier", "pre_classifier"]),
+        (deberta, ["classifier", "pooler.dense"]),
+        (modernbert, ["classifier", "head.dense", "head.norm"]),
     ],
 )
-def test_every_layer_of_the_head_is_trained_sent_and_kept_in_full_precision(
-    make, targets, head
-) -> None:
+def test_every_layer_of_the_head_is_trained_sent_and_kept_in_full_precision(make, head) -> None:
     """PEFT alone leaves DeBERTa's pooler and ModernBERT's head random and frozen."""
     base = quantize_base(make(), ClientConfig(base_bits=4))
     packed = {name for name, module in base.named_modules() if isinstance(module, PackedLinear)}
     assert packed
     assert not any(name.startswith(layer) for name in packed for layer in head)
-    state = read_state(add_lora(base, LoraConfig(rank=2, targets=targets), 0))
+    state = read_state(add_lora(base, LoraConfig(rank=2), 0))
     found = {n.removeprefix("base_model.model.").rpartition(".")[0] for n in state if is_head(n)}
     assert sorted(found) == head
 
@@ -132,9 +117,7 @@ def test_adapters_on_a_packed_base_learn(make) -> None:
 
 
 def test_an_architecture_without_default_targets_asks_for_them() -> None:
-    config = RemBertConfig(
-        **SMALL, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96
-    )
+    config = RemBertConfig(**SMALL)
     model = RemBertForSequenceClassification(config)
     with pytest.raises(LoraError, match=r"no default for 'rembert': name some.*query, key, value"):
         add_lora(model, LoraConfig(rank=2), 0)
