@@ -116,6 +116,22 @@ class FederationConfig(Section):
     (`quantity`); smaller is more uneven."""
     min_examples: Positive = 8
     """A client has at least so many training examples."""
+    over_selection: Annotated[float, Field(ge=0)] = 0.0
+    """So many more clients are sampled, as a share of the cohort. The round closes when as many
+    updates as the cohort has clients are there; the others are late."""
+    deadline: PositiveFloat | None = None
+    """Simulated seconds (`simulation`) after which a round closes; who is not done is late."""
+    min_updates: Positive = 1
+    """A round to which fewer updates come in time is abandoned: the server's state stays as it was,
+    and what came is discarded."""
+    mode: Literal["synchronous", "fedbuff"] = "synchronous"
+    """`fedbuff`: asynchronous, with a buffer (arXiv 2106.06639). As many clients as a cohort has
+    train at any time, each from the broadcast that is newest when it starts; a round is `buffer`
+    updates."""
+    buffer: Positive | None = None
+    """Updates of a round of fedbuff. None: half of the cohort, rounded up."""
+    staleness_power: Annotated[float, Field(ge=0)] = 0.5
+    """In fedbuff an update that misses t rounds counts 1 / (1 + t)^staleness_power."""
 
     @model_validator(mode="after")
     def _cohort_is_one_number(self) -> Self:
@@ -139,6 +155,44 @@ class FederationConfig(Section):
                 f"{self.local_epochs} both say how long a client trains; set one to null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rounds_can_close(self) -> Self:
+        if self.mode == "synchronous":
+            if self.buffer is not None:
+                raise ValueError(
+                    f"federation.buffer = {self.buffer} belongs to federation.mode 'fedbuff'; set "
+                    "it to null"
+                )
+            most, name = self.cohort_size, "the cohort"
+        else:
+            most, name = self.updates, "federation.buffer"
+            if self.over_selection or self.deadline is not None:
+                raise ValueError(
+                    "federation.mode 'fedbuff' waits for nobody: federation.over_selection and "
+                    "federation.deadline belong to mode 'synchronous'"
+                )
+            if most > self.clients:
+                raise ValueError(
+                    f"federation.buffer = {most} is more than federation.clients = {self.clients}"
+                )
+        if self.min_updates > most:
+            raise ValueError(
+                f"federation.min_updates = {self.min_updates} is more than {name} of {most}"
+            )
+        return self
+
+    @property
+    def sample_size(self) -> int:
+        """Clients sampled each round, those over the cohort's size included."""
+        return min(self.clients, math.ceil(self.cohort_size * (1 + self.over_selection)))
+
+    @property
+    def updates(self) -> int:
+        """Updates that close a round: the cohort's, or the buffer's."""
+        if self.mode == "synchronous":
+            return self.cohort_size
+        return math.ceil(self.cohort_size / 2) if self.buffer is None else self.buffer
 
     def steps(self, examples: int, batch_size: int) -> int:
         """Optimizer steps that a client with so many examples makes in a round."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedlpp_ray.config.section import Cpus, GpuShare, Positive, PositiveFloat, Section
+from fedlpp_ray.config.section import Cpus, GpuShare, Positive, PositiveFloat, Section, Share
 
 Utility = Literal[
     "accuracy", "macro_f1", "log_likelihood", "bleu", "nist", "meteor", "rouge_l", "cider"
@@ -26,11 +26,30 @@ class EvaluationConfig(Section):
     batch_size: Positive = 64
 
 
+class SimulationConfig(Section):
+    """How fast and how reliable the clients are made out to be, on a clock that is only counted.
+
+    Who is in time follows from the seed alone, so it is the same on any machine. A client that is
+    late or drops out is not trained at all.
+    """
+
+    step_seconds: PositiveFloat = 1.0
+    """Seconds that the median client needs for one local step."""
+    speed_spread: Annotated[float, Field(ge=0)] = 0.0
+    """A client's speed is log-normal with this sigma, and the same in every round."""
+    dropout: Share = 0.0
+    """Chance that a sampled client never returns."""
+
+
 class RuntimeConfig(Section):
-    """Where the actors run. None of these keys changes a result, `threads` and GPUs excepted."""
+    """Where the actors run. None of these keys changes a result, `threads`, GPUs and a
+    `round_deadline` that strikes excepted."""
 
     client_actors: Positive = 2
     """Client actors at most; each serves many clients, and no more start than a cohort has."""
+    min_client_actors: Positive | None = None
+    """So many client actors are reserved before the run starts; the others join when the cluster
+    has room for them, and leave with their node. None: all are reserved."""
     client_cpus: Cpus = 0.5
     """CPUs that one client actor reserves. Ray schedules by this number and does not enforce it."""
     client_gpus: GpuShare = 0.0
@@ -40,4 +59,20 @@ class RuntimeConfig(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Torch threads in each actor. Fixed, because sums in another order give other bits."""
     start_timeout: PositiveFloat = 600.0
-    """Seconds to wait for resources and actors before giving up with a message."""
+    """Seconds without any actor that works, at the start or later, before giving up with a message
+    that names what is missing."""
+    attempts: Positive = 3
+    """How often a client's round is begun where its actor or node is lost; then it has failed."""
+    round_deadline: PositiveFloat | None = None
+    """Seconds of a real clock after which a round closes without the clients that are not done, and
+    their actors are replaced. It depends on the machine, so it breaks reproducibility when it
+    strikes; `federation.deadline` does not."""
+
+    @model_validator(mode="after")
+    def _reserved_are_among_all(self) -> Self:
+        if self.min_client_actors is not None and self.min_client_actors > self.client_actors:
+            raise ValueError(
+                f"runtime.min_client_actors = {self.min_client_actors} is more than "
+                f"runtime.client_actors = {self.client_actors}"
+            )
+        return self

@@ -14,7 +14,7 @@ from fedlpp_ray.config.errors import ConfigError, explain
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
 from fedlpp_ray.config.parties import ClientConfig, FederationConfig, ServerConfig
-from fedlpp_ray.config.running import EvaluationConfig, RuntimeConfig
+from fedlpp_ray.config.running import EvaluationConfig, RuntimeConfig, SimulationConfig
 from fedlpp_ray.config.section import Section
 from fedlpp_ray.config.task import GenerationConfig, TaskConfig
 
@@ -40,6 +40,7 @@ class Experiment(Section):
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    simulation: SimulationConfig = SimulationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

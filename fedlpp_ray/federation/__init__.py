@@ -4,7 +4,24 @@ Start reading at `loop.py`. The parties (`server.py`, `client.py`) import the mo
 takes seconds, so they are imported only where they run.
 """
 
-from fedlpp_ray.federation.loop import Backend, Federation
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, RoundRecord
+from fedlpp_ray.federation.loop import Backend, Federation, Snapshot
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientReport,
+    ClientUpdate,
+    Evaluation,
+    Floor,
+    RoundRecord,
+)
 
-__all__ = ["Backend", "ClientUpdate", "Evaluation", "Federation", "Floor", "RoundRecord"]
+__all__ = [
+    "Assignment",
+    "Backend",
+    "ClientReport",
+    "ClientUpdate",
+    "Evaluation",
+    "Federation",
+    "Floor",
+    "RoundRecord",
+    "Snapshot",
+]

@@ -27,10 +27,10 @@ def save(federation: Federation, folder: Path) -> None:
     The history comes last and by renaming: a folder that has it is whole.
     """
     write_adapter(federation.backend.adapter(), folder / ADAPTER)
-    _write_messages(federation.memories, folder / CLIENTS)
+    _write_messages(federation._memories, folder / CLIENTS)
     following = len(federation.history) + 1
     if federation.experiment.downlink.made_in(following) < following:
-        _write_messages(federation.broadcast, folder / BROADCAST)
+        _write_messages(federation._broadcasts, folder / BROADCAST)
     text = dump_experiment(
         federation.experiment,
         "The experiment of this run",
@@ -56,8 +56,8 @@ def restore(federation: Federation, folder: Path) -> None:
         raise ConfigError(f"{folder}: this checkpoint is of another experiment")
     files = {path.name: path.read_bytes() for path in (folder / ADAPTER).iterdir()}
     federation.backend.restore(files)
-    federation.memories = _read_messages(folder / CLIENTS)
-    federation.broadcast = _read_messages(folder / BROADCAST)
+    federation._memories = _read_messages(folder / CLIENTS)
+    federation._broadcasts = _read_messages(folder / BROADCAST)
     federation.history = read_history(folder)
 
 

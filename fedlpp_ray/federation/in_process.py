@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.loop import Backend
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Memory
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientReport,
+    Evaluation,
+    Fault,
+    Measured,
+    Memory,
+    Pending,
+    refused,
+    report,
+)
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.solo import Solo
 from fedlpp_ray.federation.wire import Broadcast
+from fedlpp_ray.messages import MessageError
 
 
 def in_process(experiment: Experiment) -> Backend:
@@ -32,20 +44,40 @@ class InProcess:
     def __init__(self, experiment: Experiment) -> None:
         self._server = Server(experiment)
         self._host = ClientHost(experiment, emulator=self._server.emulator())
+        self._made_in = experiment.downlink.made_in
         self.download = self._server.download
         self.encode_broadcast = self._server.encode_broadcast
         self.aggregate = self._server.aggregate
+        self.discard = self._server.discard
         self.adapter = self._server.adapter
         self.restore = self._server.restore
         self.examples = self._server.examples
         self.measure_floor = self._host.measure_floor
 
     def train(
-        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
-    ) -> list[ClientUpdate]:
-        """One update from each client, in the order of the cohort."""
-        return [self._host.train(round, c, broadcast, memory) for c, memory in cohort.items()]
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """A report a client, in the order of the cohort; each trains when the last is folded."""
+        self._server.open_round(round, list(cohort), broadcasts)
+        for each, memory in cohort.items():
+            broadcast = broadcasts[self._made_in(each.started)]
+            try:
+                update = self._host.train(each.started, each.client, broadcast, memory)
+            except MessageError as error:
+                yield ClientReport(each.client, fault=Fault("refused", str(error)))
+                continue
+            refusal = self._server.verdict(round, each.client, update.payload)
+            yield report(update) if refusal is None else refused(report(update), refusal)
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
-        """The server's state and what a client has of it."""
-        return Evaluation(self._server.evaluate(), *self._host.evaluate(round, broadcast, memory))
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+        """The server's state and what a client has of it, measured now."""
+        server, start = self._server.evaluate(), time.perf_counter()
+        evaluation = Evaluation(server, *self._host.evaluate(round, broadcast, memory))
+        measured = Measured(evaluation, time.perf_counter() - start)
+        return lambda: measured
+
+    def renew_server(self) -> None:
+        """Nothing to do: it is lost only with this process."""

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory, RoundRecord
-from fedlpp_ray.federation.sampling import sample_cohort, strongest_client
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientRecord,
+    ClientReport,
+    Floor,
+    Measured,
+    Memory,
+    Pending,
+    RoundRecord,
+)
+from fedlpp_ray.federation.sampling import strongest_client
+from fedlpp_ray.federation.schedule import RoundPlan, Schedule, abandoned
 from fedlpp_ray.federation.wire import Broadcast, edition
-from fedlpp_ray.messages import Transfer
+from fedlpp_ray.messages import MessageError
+
+logger = logging.getLogger(__name__)
+
+
+class ServerLost(RuntimeError):
+    """The server is gone, and with it all since the last snapshot."""
 
 
 class Backend(Protocol):
-    """The server and its clients, wherever they run: in this process, or in Ray actors."""
+    """The server and its clients, wherever they run: in this process, or in Ray actors.
+
+    Where the server can be lost, every method may raise `ServerLost`.
+    """
 
     def examples(self) -> Sequence[int]:
         """Number of training examples of each client."""
@@ -27,15 +48,30 @@ class Backend(Protocol):
         """The server's quantized state, made in a round, in the editions that clients read."""
 
     def train(
-        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
-    ) -> list[ClientUpdate]:
-        """One update from each client of the cohort, in its order, given what each has kept."""
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """Have each client of the cohort train, and the server fold what it returns.
 
-    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
-        """Fold the updates into the server's next state; returns its digest."""
+        Args:
+            round: From 1.
+            cohort: Each client's part, and what it has kept.
+            broadcasts: By the round in which they were made.
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
-        """The server's state and what the strongest client has of it.
+        Returns:
+            A report a client, in any order.
+        """
+
+    def aggregate(self, round: int) -> str:
+        """Make what was folded the server's next state; returns its digest."""
+
+    def discard(self, round: int) -> str:
+        """Forget what was folded; returns the digest of the state, which is as it was."""
+
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+        """Begin to measure the server's state and what the strongest client has of it.
 
         Given the broadcast in force in the round that follows, and what the client has kept.
         """
@@ -49,6 +85,28 @@ class Backend(Protocol):
     def restore(self, adapter: dict[str, bytes]) -> None:
         """Take back the state of an `adapter`."""
 
+    def renew_server(self) -> None:
+        """Put a new server, as it is made from the seed, in the place of one that was lost."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after its last finished round: all that it goes on from.
+
+    Everything random is derived from the seed and the round, so that no generator is part of it.
+
+    Attributes:
+        history: The finished rounds.
+        memories: What clients keep, by client.
+        broadcasts: Those from which later rounds still train, by the round they were made in.
+        adapter: The server's state, as files by name. None: as it is made from the seed.
+    """
+
+    history: tuple[RoundRecord, ...]
+    memories: Mapping[int, bytes]
+    broadcasts: Mapping[int, Broadcast]
+    adapter: Mapping[str, bytes] | None
+
 
 class Federation:
     """One federated run.
@@ -59,105 +117,183 @@ class Federation:
 
     Attributes:
         history: The finished rounds. A run that starts with a history continues after it.
-        broadcast: The broadcast in force.
-        memories: What each client that has taken part keeps, where the method has it keep any.
     """
 
     def __init__(self, experiment: Experiment, backend: Backend) -> None:
         self.experiment = experiment
         self.backend = backend
         self.history: list[RoundRecord] = []
-        self.broadcast: Broadcast = {}
-        self.memories: dict[int, bytes] = {}
-        self._examples = backend.examples()
+        self._memories: dict[int, bytes] = {}
+        self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
+        examples = backend.examples()
         self._download = backend.download()
-        self._strongest = strongest_client(experiment.lora, self._examples)
+        self._schedule = Schedule(experiment, examples)
+        self._strongest = strongest_client(experiment.lora, examples)
 
     def run(self) -> Iterator[RoundRecord]:
-        """The rounds that remain, each yielded as it ends."""
-        for round in range(len(self.history) + 1, self.experiment.federation.rounds + 1):
-            self.history.append(self.run_round(round))
-            yield self.history[-1]
-
-    def run_round(self, round: int) -> RoundRecord:
-        """One round, in five steps."""
+        """The rounds that remain, each yielded when it is measured: while the next one trains."""
+        done, last = len(self.history), self.experiment.federation.rounds
         clock = _Clock()
-        # 1. Sample the cohort.
-        config, seed = self.experiment.federation, self.experiment.seed
-        cohort = sample_cohort(config, seed, round, self._examples)
-        # 2. The server encodes the broadcast once, or leaves the last one in force.
-        with clock("broadcast"):
-            self.broadcast = self._in_force(round, cohort)
-        # 3. Each sampled client trains from it and returns one encoded update.
-        with clock("train"):
-            kept = {client: self.memories.get(client) for client in cohort}
-            updates = self.backend.train(round, kept, self.broadcast)
-            self.memories |= {u.client: u.memory for u in updates if u.memory is not None}
-        # 4. The server folds the updates, in the cohort's order, into a new state.
-        with clock("aggregate"):
-            digest = self.backend.aggregate(round, self.broadcast, updates)
-        # 5. Evaluate and record.
-        with clock("evaluate"):
-            evaluation = self._evaluate(round) if self._is_evaluated(round) else None
-        return RoundRecord(
-            round=round,
-            evaluation=evaluation,
-            ledger=self._ledger(round, updates),
-            loss=tuple(update.loss for update in updates),
-            seconds=clock.seconds(updates),
-            digest=digest,
-        )
+        for plan in self._schedule.plans(after=done):  # 1. Sample the cohort.
+            # 2. The server encodes the broadcast once, or leaves the last one in force.
+            self._put_in_force(plan.round, plan.sampled, clock)
+            evaluation = self._evaluate(plan.round, clock) if plan.round > done + 1 else None
+            # 3. Each client trains from it; the server folds each update as it comes, in any order.
+            kept = {each: self._memories.get(each.client) for each in plan.cohort}
+            training = self.backend.train(plan.round, kept, self._broadcasts)
+            if evaluation:
+                yield self._measured(evaluation, clock)
+            with clock("train"):
+                reports = sorted(training, key=lambda report: report.client)
+            # 4. What was folded becomes the server's next state.
+            with clock("aggregate"):
+                digest, reports = self._close(plan, reports)
+            # 5. Record it, and measure it while the next round trains.
+            self._record(plan, reports, digest)
+        if len(self.history) > done:
+            self._put_in_force(last + 1, [], clock)
+            yield self._measured(self._evaluate(last + 1, clock), clock)
 
-    def _in_force(self, round: int, clients: Sequence[int]) -> Broadcast:
-        """What clients train from in a round: a new broadcast where one is due, else the last."""
-        if self.experiment.downlink.made_in(round) == round:
-            return self.backend.encode_broadcast(round, clients)
-        return self.broadcast
+    def snapshot(self) -> Snapshot:
+        """The run after its last finished round: to be taken when that has been yielded."""
+        following = len(self.history) + 1
+        kept = {made: b for made, b in self._broadcasts.items() if made < following}
+        adapter = self.backend.adapter() if self.history else None
+        return Snapshot(tuple(self.history), dict(self._memories), kept, adapter)
 
-    def _ledger(self, round: int, updates: Sequence[ClientUpdate]) -> tuple[Transfer, ...]:
-        """Bytes of each client; what it has from an earlier round it does not download again."""
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of the same experiment, with the same bits."""
+        if snapshot.adapter is not None:
+            self.backend.restore(dict(snapshot.adapter))
+        self.history = list(snapshot.history)
+        self._memories = dict(snapshot.memories)
+        self._broadcasts = dict(snapshot.broadcasts)
+
+    def _put_in_force(self, round: int, clients: Sequence[int], clock: _Clock) -> None:
+        """Have the broadcast made from which clients that start in a round train, if one is due."""
         made = self.experiment.downlink.made_in(round)
-        known = {t.client for record in self.history for t in record.ledger}
-        holders = {t.client for record in self.history[made - 1 :] for t in record.ledger}
+        if made not in self._broadcasts:
+            readers = {*clients, self._strongest} if self._is_evaluated(round - 1) else clients
+            with clock("broadcast"):
+                self._broadcasts[made] = self.backend.encode_broadcast(made, sorted(readers))
 
-        def down(client: int) -> int:
-            message = len(self.broadcast[edition(self.experiment, client)])
-            return self._download * (client not in known) + message * (client not in holders)
-
-        return tuple(Transfer(u.client, down(u.client), len(u.payload)) for u in updates)
+    def _broadcast(self, started: int) -> Broadcast:
+        return self._broadcasts[self.experiment.downlink.made_in(started)]
 
     def _is_evaluated(self, round: int) -> bool:
         every, last = self.experiment.evaluation.every, self.experiment.federation.rounds
-        return round % every == 0 or round == last
+        return round > 0 and (round % every == 0 or round == last)
 
-    def _evaluate(self, round: int) -> Evaluation:
-        """Measure the state after a round through what clients of the next round train from."""
-        broadcast = self._in_force(round + 1, [self._strongest])
-        return self.backend.evaluate(round + 1, broadcast, self.memories.get(self._strongest))
+    def _evaluate(self, following: int, clock: _Clock) -> Pending:
+        """Begin to measure the state through what clients that start in the next round read."""
+        if not self._is_evaluated(following - 1):
+            return lambda: Measured(None)
+        memory = self._memories.get(self._strongest)
+        with clock("evaluate"):
+            return self.backend.evaluate(following, self._broadcast(following), memory)
+
+    def _measured(self, evaluation: Pending, clock: _Clock) -> RoundRecord:
+        """The last round with its evaluation, for which this waits, and its times."""
+        with clock("evaluate"):
+            found = evaluation()
+        record = self.history[-1]
+        seconds = record.seconds | clock.seconds(record.seconds["client_compute"] + found.seconds)
+        self.history[-1] = replace(record, evaluation=found.evaluation, seconds=seconds)
+        return self.history[-1]
+
+    def _close(
+        self, plan: RoundPlan, reports: list[ClientReport]
+    ) -> tuple[str, list[ClientReport]]:
+        """Fold what has come, or, where that is too little, nothing."""
+        needed = self.experiment.federation.min_updates
+        came = sum(report.fault is None for report in reports)
+        for report in reports:
+            if report.fault:
+                kind, reason = report.fault.kind, report.fault.reason
+                logger.warning(
+                    "round %d: client %d %s: %s", plan.round, report.client, kind, reason
+                )
+        broken = [r.fault for r in reports if r.fault and r.fault.kind in ("refused", "failed")]
+        if broken and not came:
+            raise MessageError(f"round {plan.round}: no update could be used: {broken[0].reason}")
+        if plan.cohort and came >= needed:
+            self._memories |= {
+                r.client: r.memory for r in reports if r.memory is not None and r.fault is None
+            }
+            return self.backend.aggregate(plan.round), reports
+        fault = abandoned(came, needed)
+        reports = [r if r.fault else replace(r, fault=fault) for r in reports]
+        return self.backend.discard(plan.round), reports
+
+    def _record(self, plan: RoundPlan, reports: Sequence[ClientReport], digest: str) -> None:
+        busy: dict[int, float] = {}
+        for report in reports:
+            busy[report.host] = busy.get(report.host, 0.0) + report.seconds
+        seconds = {
+            "client_compute": max(busy.values(), default=0.0),
+            "simulated": plan.seconds,
+        }
+        clients = self._clients(plan, reports)
+        self.history.append(RoundRecord(plan.round, None, clients, seconds, digest))
+        needed = self.experiment.downlink.made_in(plan.oldest)
+        self._broadcasts = {made: b for made, b in self._broadcasts.items() if made >= needed}
+
+    def _clients(
+        self, plan: RoundPlan, reports: Sequence[ClientReport]
+    ) -> tuple[ClientRecord, ...]:
+        """Who was sampled, with the bytes of each: what it holds it does not download again."""
+        holders = self._holders(plan.round)
+        parts = {each.client: each for each in plan.cohort}
+        rows = [(parts.get(r.client, Assignment(r.client, plan.round)), r) for r in reports]
+        rows += [(each, ClientReport(each.client, fault=fault)) for each, fault in plan.absent]
+
+        def record(each: Assignment, report: ClientReport) -> ClientRecord:
+            down = self._first_download(each.client)
+            if each.client not in holders:
+                down += len(self._broadcast(each.started)[edition(self.experiment, each.client)])
+            late = plan.round - each.started
+            return ClientRecord(each.client, down, report.up, report.loss, late, report.fault)
+
+        return tuple(sorted((record(*row) for row in rows), key=lambda found: found.client))
+
+    def _holders(self, round: int) -> set[int]:
+        """Clients that hold the broadcast in force from an earlier round."""
+        if self.experiment.federation.mode == "fedbuff":
+            return set()  # each starts from another one
+        since = self.experiment.downlink.made_in(round) - 1
+        return {client.client for record in self.history[since:] for client in record.clients}
+
+    def _first_download(self, client: int) -> int:
+        """Bytes of the emulator, for a client that has not been sampled before."""
+        if not self._download:
+            return 0
+        known = any(client == c.client for record in self.history for c in record.clients)
+        return 0 if known else self._download
 
 
 class _Clock:
-    """Wall time by phase."""
+    """Wall time by phase since the last round was yielded; the rest of it is the caller's."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._phases: dict[str, float] = {}
+        self._phases = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._phases[phase] = time.perf_counter() - start
+        self._phases[phase] += time.perf_counter() - start
 
-    def seconds(self, updates: Sequence[ClientUpdate]) -> dict[str, float]:
-        """Phases, the total, and training split in compute and communication."""
-        busy: dict[int, float] = {}
-        for update in updates:
-            busy[update.host] = busy.get(update.host, 0.0) + update.seconds
-        compute = max(busy.values())
-        return {
-            **self._phases,
-            "client_compute": compute,
-            "communication": self._phases["train"] - compute,
-            "total": time.perf_counter() - self._start,
+    def seconds(self, busy: float) -> dict[str, float]:
+        """Phases, what they leave of the total, and what the busiest host leaves; then from 0."""
+        total = time.perf_counter() - self._start
+        found = self._phases | {
+            "record": total - sum(self._phases.values()),
+            "overhead": max(0.0, total - busy),
+            "total": total,
         }
+        self._start, self._phases = time.perf_counter(), dict.fromkeys(PHASES, 0.0)
+        return found
+
+
+PHASES = ("broadcast", "train", "aggregate", "evaluate")

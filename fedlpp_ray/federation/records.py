@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from fedlpp_ray.messages import Transfer, total_bytes
 from fedlpp_ray.tasks import Metrics
@@ -11,6 +13,21 @@ from fedlpp_ray.tasks import Metrics
 Memory = bytes | None
 """A client's own tensors between its rounds, as safetensors bytes. Held for it by the federation,
 because hosts serve many clients; no message carries it."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One client's part in a round.
+
+    Attributes:
+        client: Which client.
+        started: The round whose broadcast it trains from: this one, or of fedbuff an earlier one.
+        weight: What its share in the mean is multiplied by, for staleness.
+    """
+
+    client: int
+    started: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,48 @@ class ClientUpdate:
     seconds: float
     host: int
     memory: Memory = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a sampled client has no part in the server's next state.
+
+    Attributes:
+        kind: `late`: it was not done in time. `dropped`: it never returned, in the simulation.
+            `failed`: its actor or node was lost in every attempt. `refused`: its update, or the
+            broadcast at the client, was not what was expected. `abandoned`: too few others came.
+        reason: In words.
+    """
+
+    kind: Literal["late", "dropped", "failed", "refused", "abandoned"]
+    reason: str
+
+
+FAULTS = ("late", "dropped", "failed", "refused", "abandoned")
+"""The kinds of `Fault`."""
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What the federation hears of a client's round; the update itself is at the server.
+
+    Attributes:
+        client: Which client.
+        up: Bytes of its update.
+        loss: Mean training loss, nats; None where it returned none.
+        seconds: Time it computed.
+        host: Which host it ran on.
+        memory: What it keeps until it takes part again.
+        fault: Why its update was not folded, or None.
+    """
+
+    client: int
+    up: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    host: int = 0
+    memory: Memory = None
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +132,56 @@ class Floor:
     examples: int
 
 
+def report(update: ClientUpdate) -> ClientReport:
+    """Of an update, without the update."""
+    return ClientReport(
+        update.client,
+        len(update.payload),
+        update.loss,
+        update.seconds,
+        update.host,
+        update.memory,
+    )
+
+
+def refused(report: ClientReport, reason: str) -> ClientReport:
+    """The same of an update that the server has refused."""
+    return replace(report, fault=Fault("refused", reason))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, if one was due, and the seconds that a client's host worked for it."""
+
+    evaluation: Evaluation | None
+    seconds: float = 0.0
+
+
+Pending = Callable[[], Measured]
+"""An evaluation that goes on elsewhere; called, it waits for it."""
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One sampled client in one round.
+
+    Attributes:
+        client: Which client.
+        down: Bytes that it downloaded; 0 where it held the broadcast.
+        up: Bytes of the update that it returned.
+        loss: Mean training loss, nats; None where it returned none.
+        staleness: Rounds closed between its start and its return; 0 in synchronous rounds.
+        fault: Why its update was not folded, or None.
+    """
+
+    client: int
+    down: int
+    up: int
+    loss: float | None
+    staleness: int = 0
+    fault: Fault | None = None
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
@@ -80,45 +189,63 @@ class RoundRecord:
     Attributes:
         round: From 1.
         evaluation: Of the state after this round, or None where it was not evaluated.
-        ledger: Bytes of each client of the cohort; 0 down for one that held the broadcast.
-        loss: Mean training loss of each client of the cohort, nats.
-        seconds: Wall time by phase: broadcast, train, aggregate, evaluate, total. Within train,
-            `client_compute` is that of the busiest actor and `communication` the rest.
+        clients: Each that was sampled, by number.
+        seconds: Wall time from one round's end to the next, by what was waited for: broadcast,
+            train, aggregate, evaluate, record (the caller: checkpoint, log), and the total. A round
+            is evaluated while the next one trains. `client_compute` is the work of the busiest
+            host; `overhead` what it and the evaluation at a host leave of the total. `simulated`:
+            on the clock of `simulation`.
         digest: SHA-256 of the state after this round.
     """
 
     round: int
     evaluation: Evaluation | None
-    ledger: tuple[Transfer, ...]
-    loss: tuple[float, ...]
+    clients: tuple[ClientRecord, ...]
     seconds: dict[str, float]
     digest: str
 
+    @property
+    def ledger(self) -> tuple[Transfer, ...]:
+        """Bytes of each client that was sampled."""
+        return tuple(Transfer(c.client, c.down, c.up) for c in self.clients)
+
+    @property
+    def folded(self) -> tuple[ClientRecord, ...]:
+        """The clients whose updates made the state."""
+        return tuple(client for client in self.clients if client.fault is None)
+
+    @property
+    def loss(self) -> tuple[float, ...]:
+        """Mean training loss of each client whose update was folded, nats."""
+        return tuple(math.nan if c.loss is None else c.loss for c in self.folded)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of a result file."""
-        clients = zip(self.ledger, self.loss, strict=True)
         return {
             "round": self.round,
             **(asdict(self.evaluation) if self.evaluation else dict.fromkeys(EVALUATED)),
             "bytes": total_bytes(self.ledger),
             "seconds": self.seconds,
-            "clients": [asdict(transfer) | {"loss": loss} for transfer, loss in clients],
+            "clients": [asdict(client) for client in self.clients],
             "digest": self.digest,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
         """The inverse of `to_dict`."""
-        clients = values["clients"]
         evaluated = any(values[key] is not None for key in EVALUATED)
         return cls(
             round=values["round"],
             evaluation=Evaluation(**{key: values[key] for key in EVALUATED}) if evaluated else None,
-            ledger=tuple(Transfer(c["client"], c["down"], c["up"]) for c in clients),
-            loss=tuple(client["loss"] for client in clients),
+            clients=tuple(map(_client, values["clients"])),
             seconds=values["seconds"],
             digest=values["digest"],
         )
+
+
+def _client(values: dict[str, Any]) -> ClientRecord:
+    fault = values["fault"]
+    return ClientRecord(**values | {"fault": Fault(**fault) if fault else None})
 
 
 EVALUATED = ("server", "client_before", "client_after")

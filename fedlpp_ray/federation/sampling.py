@@ -12,7 +12,11 @@ from fedlpp_ray.seeds import derive
 
 
 def sample_cohort(
-    config: FederationConfig, seed: int, round: int, sizes: Sequence[int] | None = None
+    config: FederationConfig,
+    seed: int,
+    round: int,
+    sizes: Sequence[int] | None = None,
+    count: int | None = None,
 ) -> tuple[int, ...]:
     """Clients of a round: `cohort_size` of them without replacement, in ascending order.
 
@@ -24,20 +28,21 @@ def sample_cohort(
         round: From 1.
         sizes: (clients,) number of examples of each, above 0; `federation.sampling` 'examples'
             needs it.
+        count: How many, if not `cohort_size`.
 
     Raises:
         ValueError: there is not one size for each client.
     """
     purpose = derive(seed, "cohort", round)
+    size = config.cohort_size if count is None else count
     if config.sampling == "uniform":
-        sample = random.Random(purpose).sample(range(config.clients), config.cohort_size)
-        return tuple(sorted(sample))
+        return tuple(sorted(random.Random(purpose).sample(range(config.clients), size)))
     if sizes is None or len(sizes) != config.clients:
         raise ValueError("federation.sampling 'examples' needs the size of each client")
     # Who comes first, each at a rate of its size: drawing one after the other, each time in
     # proportion to size among those left (Efraimidis and Spirakis, 2006, with -log of their key).
     times = np.random.default_rng(purpose).standard_exponential(config.clients) / np.asarray(sizes)
-    first = np.argpartition(times, config.cohort_size - 1)[: config.cohort_size]
+    first = np.argpartition(times, size - 1)[:size]
     return tuple(np.sort(first).tolist())
 
 

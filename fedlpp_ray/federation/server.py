@@ -82,6 +82,19 @@ class Server:
         """Bytes of the emulator; 0 without one."""
         return len(self._emulator or b"")
 
+    def verdict(self, round: int, client: int, payload: bytes) -> str | None:
+        """As `receive`; why the update is refused, or None."""
+        try:
+            self.receive(round, client, payload)
+        except MessageError as error:
+            return str(error)
+        return None
+
+    def discard(self, round: int) -> str:
+        """Forget what a round has received; returns the digest of the state."""
+        self.open_round(round, (), {})
+        return self.aggregate(round)
+
     def encode_broadcast(self, round: int, clients: Collection[int] = ()) -> Broadcast:
         """The quantized state D, made in this round, in every edition.
 
@@ -101,7 +114,31 @@ class Server:
         state = self._rotate(round, state)
         return encode(self._wire.envelope(round, edition), state, self._wire.downlink, random)
 
-    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
+    def open_round(self, round, cohort, broadcasts):
+        self._round = round
+        self._open = {a.client: a for a in cohort}
+        self._bc = {r: dict(b) for r, b in broadcasts.items()}
+        self._got = {}
+
+    def receive(self, round, client, payload):
+        if client in self._got:
+            raise MessageError("twice")
+        key = edition(self._experiment, client)
+        b = self._bc[self._experiment.downlink.made_in(self._open[client].started)]
+        self._read(
+            self._open[client].started,
+            ClientUpdate(client, payload, 0.0, 0.0, 0),
+            self._received(self._open[client].started, key, b[key]),
+        )
+        self._got[client] = payload
+
+    def aggregate(self, round):
+        if not self._got:
+            return state_digest(self._state)
+        ups = [ClientUpdate(c, p, 0.0, 0.0, 0) for c, p in sorted(self._got.items())]
+        return self._aggregate(round, self._bc[self._experiment.downlink.made_in(round)], ups)
+
+    def _aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
         """Fold the cohort's updates, in the order given, into the next state.
 
         Returns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
@@ -17,7 +17,15 @@ from fedlpp_ray.federation.adapter import adapter_files, adapter_state
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate, load_client_base
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientReport,
+    Evaluation,
+    Floor,
+    Measured,
+    Memory,
+    Pending,
+)
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.lora import add_adapter, read_state, write_state
@@ -87,24 +95,33 @@ class Solo:
         return {edition(self._experiment, self._text.strongest): b""}
 
     def train(
-        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
-    ) -> list[ClientUpdate]:
-        """Train on; whose turn it would be does not matter. An update without a message."""
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """Train on, whoever is sampled: one report, of a client that sends nothing."""
         start = time.perf_counter()
         loss = self._training.advance(self._steps(round))
         if not math.isfinite(loss):
             lr = self._experiment.client.lr
             raise UserError(f"round {round}: the training diverged (client.lr = {lr:g})")
-        return [ClientUpdate(self._text.strongest, b"", loss, time.perf_counter() - start, 0)]
+        seconds = time.perf_counter() - start
+        yield ClientReport(self._text.strongest, loss=loss, seconds=seconds)
 
-    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
+    def aggregate(self, round: int) -> str:
         """The digest of the model's state."""
         return state_digest(read_state(self._model))
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
+    discard = aggregate
+
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """The one model: the server's if centralised, else a client's."""
+        start = time.perf_counter()
         found = self._text.evaluate(self._model, self._device)
-        return Evaluation(found, None, None) if self._pooled else Evaluation(None, None, found)
+        evaluation = Evaluation(*(found, None, None) if self._pooled else (None, None, found))
+        measured = Measured(evaluation, time.perf_counter() - start)
+        return lambda: measured
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part: that of the federation with the same keys."""
@@ -125,3 +142,6 @@ class Solo:
         """
         write_state(self._model, adapter_state(adapter, read_state(self._model)))
         self._training.load(adapter[TRAINING])
+
+    def renew_server(self) -> None:
+        """Nothing to do: it is lost only with this process."""

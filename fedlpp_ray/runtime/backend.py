@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import ray
-from ray.util import ActorPool
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.loop import Backend
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory
-from fedlpp_ray.federation.wire import Broadcast, edition
-from fedlpp_ray.runtime.placement import (
-    SERVER_BUNDLE,
-    Bundle,
-    PlacementError,
-    bundles,
-    client_actors,
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientReport,
+    Evaluation,
+    Floor,
+    Measured,
+    Memory,
+    Pending,
 )
-
-
-class Party:
-    """A server or a client host in a process of its own, imported only there.
-
-    Args:
-        name: `module:class` of the party.
-        arguments: The party's own.
-    """
-
-    def __init__(self, name: str, *arguments: Any) -> None:
-        self._name, self._arguments = name, arguments
-
-    def start(self) -> None:
-        """Make the party. Not in the constructor, whose errors reach a caller as text only."""
-        module, _, kind = self._name.partition(":")
-        arguments, self._arguments = self._arguments, ()  # an emulator is not kept beside the model
-        self._party = getattr(importlib.import_module(module), kind)(*arguments)
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the party."""
-        return getattr(self._party, method)(*arguments)
-
-
-SERVER = "fedlpp_ray.federation.server:Server"
-CLIENT_HOST = "fedlpp_ray.federation.client:ClientHost"
-SOLO = "fedlpp_ray.federation.solo:Solo"
+from fedlpp_ray.federation.wire import Broadcast, edition
+from fedlpp_ray.runtime.cohort import CohortTraining
+from fedlpp_ray.runtime.jobs import Answer, Job, Pace
+from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER, SOLO
+from fedlpp_ray.runtime.placement import bundles, client_actors, client_bundle, in_words
+from fedlpp_ray.runtime.pool import Pool
+from fedlpp_ray.runtime.reactor import Reactor
+from fedlpp_ray.runtime.server import ServerActor, actor_in
 
 
 class ClosingBackend(Backend, Protocol):
@@ -69,157 +47,220 @@ def ray_backend(experiment: Experiment, group: PlacementGroup) -> ClosingBackend
     Raises:
         PlacementError: the actors are not ready in `runtime.start_timeout`.
         AssetError, TaskError, UserError: a party could not be made.
-        ray.exceptions.RayActorError: an actor's process died.
     """
     federated = experiment.method == "federated"
     return RayBackend(experiment, group) if federated else SoloActor(experiment, group)
 
 
 class RayBackend:
-    """A `Backend` of one server actor and several client actors.
+    """A `Backend` of one server actor and a pool of client actors.
 
     Args:
         experiment: What to run.
         group: Reservation with the bundles of `placement.bundles(experiment)`.
 
     Attributes:
-        server, hosts: The actors, each a `Party`.
+        server: The server's actor.
+        pool: The client actors.
 
     Raises:
-        PlacementError: the actors are not ready in `runtime.start_timeout`.
-        AssetError, TaskError, UserError: a party could not be made.
-        ray.exceptions.RayActorError: an actor's process died.
+        PlacementError, UserError: as `ray_backend`.
     """
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
-        needed = bundles(experiment)
-        self._experiment = experiment
-        self.server = _start(group, SERVER_BUNDLE, needed, SERVER, experiment)
-        self.hosts: list[Any] = []
-        self._broadcast: tuple[Broadcast, Any] = ({}, None)
-        waiting, timeout, emulator = [self.server], experiment.runtime.start_timeout, None
-        if experiment.emulator.kind != "none":  # the server makes it, so it must be there first
-            _wait_until_ready(waiting, timeout)
-            waiting, emulator = [], self.server.call.remote("emulator")
-        self.hosts = [
-            _start(group, 1 + i, needed, CLIENT_HOST, experiment, i, emulator)
-            for i in range(client_actors(experiment))
-        ]
-        _wait_until_ready([*waiting, *self.hosts], timeout, among=[self.server, *self.hosts])
+        self._experiment, self._group = experiment, group
+        self._reactor = Reactor()
+        self._put: dict[int, tuple[Broadcast, Any]] = {}
+        self._evaluation_seconds = 0.0
+        self.server = ServerActor(experiment, group, SERVER, self._reactor)
+        self._emulator: Any = None
+        self._pool: Pool | None = None
+        try:
+            if experiment.emulator.kind != "none":  # the server makes it, so it comes first
+                self.server.wait()
+                self._emulator = self.server.send("emulator")
+            self._pool = self._make_pool()
+            self.server.wait()
+            self.pool.until(lambda: bool(self.pool.working))
+            self._pace = Pace(self._steps(self.examples()))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pool(self) -> Pool:
+        """The client actors."""
+        assert self._pool is not None
+        return self._pool
+
+    def _make_pool(self) -> Pool:
+        runtime = self._experiment.runtime
+        return Pool(
+            self._reactor,
+            self._spawn,
+            size=client_actors(self._experiment),
+            attempts=runtime.attempts,
+            timeout=runtime.start_timeout,
+            needs=in_words(client_bundle(self._experiment)),
+        )
+
+    def _spawn(self, number: int, room: float) -> tuple[Any, Any]:
+        """A client actor in its bundle, or, beyond those reserved, wherever there is room."""
+        experiment = self._experiment
+        reserved = number + 1 < len(bundles(experiment))
+        actor = actor_in(self._group, number + 1 if reserved else None, experiment)
+        if room != 1.0:
+            share = min(1.0, experiment.runtime.client_gpus * room)
+            experiment = experiment.with_values({"runtime.client_gpus": share})
+        return actor, actor.start.remote(CLIENT_HOST, experiment, number, self._emulator)
+
+    def _steps(self, examples: Sequence[int]) -> Any:
+        config, size = self._experiment.federation, self._experiment.client.batch_size
+        return lambda client: config.steps(examples[client], size)
 
     def examples(self) -> Sequence[int]:
         """Number of training examples of each client."""
-        return _get(self.server, "examples")  # type: ignore[no-any-return]
+        return self.server.ask("examples")  # type: ignore[no-any-return]
 
     def download(self) -> int:
         """Bytes of the emulator; 0 without one."""
-        return _get(self.server, "download")  # type: ignore[no-any-return]
+        return self.server.ask("download")  # type: ignore[no-any-return]
 
     def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
         """The server's quantized state, made in a round, in the editions that clients read."""
-        return _get(self.server, "encode_broadcast", round, clients)  # type: ignore[no-any-return]
+        return self.server.ask("encode_broadcast", round, clients)  # type: ignore[no-any-return]
 
     def train(
-        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
-    ) -> list[ClientUpdate]:
-        """One update from each client, in the order of the cohort; each actor pulls the next."""
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """Begin to train the cohort, the longest first; reports come as clients finish."""
+        references = {made: self._stored(made, each) for made, each in broadcasts.items()}
+        self._put = {made: each for made, each in self._put.items() if made in broadcasts}
+        opened = self.server.send("open_round", round, list(cohort), references)
+        training = CohortTraining(round, self.server, self.pool, self._reactor, self._pace)
+        for each in sorted(cohort, key=lambda each: -self._pace.expected(each.client)):
+            made = self._experiment.downlink.made_in(each.started)
+            message = self._for_client(each.client, made, broadcasts[made])
+            training.begin(each, message, cohort[each])
+        return training.reports(opened, self._experiment.runtime.round_deadline)
 
-        def send(host: Any, client: int) -> Any:
-            message = self._for_client(client, broadcast)
-            return host.call.remote("train", round, client, message, cohort[client])
+    def aggregate(self, round: int) -> str:
+        """Make what was folded the server's next state; returns its digest."""
+        return self.server.ask("aggregate", round)  # type: ignore[no-any-return]
 
-        return list(ActorPool(self.hosts).map(send, cohort))
+    def discard(self, round: int) -> str:
+        """Forget what was folded; returns the digest of the state."""
+        return self.server.ask("discard", round)  # type: ignore[no-any-return]
 
-    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
-        """Fold the updates into the server's next state; returns its digest."""
-        reference = self._put(broadcast)
-        return _get(self.server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+        """Begin to measure the server's state, and at any client actor what a client has of it."""
+        reference = self._stored(self._experiment.downlink.made_in(round), broadcast)
+        server = self.server.send("evaluate")
+        client = self._client_job(
+            "evaluation", lambda actor: actor.evaluate.remote(round, reference, memory)
+        )
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
-        """The server's state and what a client has of it, measured at the same time."""
-        reference = self._put(broadcast)
-        server = self.server.call.remote("evaluate")
-        client = self.hosts[0].call.remote("evaluate", round, reference, memory)
-        return Evaluation(ray.get(server), *ray.get(client))
+        def wait() -> Measured:
+            before, after, seconds = self._wait_for(client)
+            self._evaluation_seconds = seconds
+            return Measured(Evaluation(self.server.result(server), before, after), seconds)
+
+        return wait
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
-        return _get(self.hosts[0], "measure_floor")  # type: ignore[no-any-return]
+        answer = self._client_job("floor", lambda actor: actor.call.remote("measure_floor"))
+        return self._wait_for(answer)  # type: ignore[no-any-return]
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
-        return _get(self.server, "adapter")  # type: ignore[no-any-return]
+        return self.server.ask("adapter")  # type: ignore[no-any-return]
 
     def restore(self, adapter: dict[str, bytes]) -> None:
         """Take back the state of an `adapter`."""
-        _get(self.server, "restore", adapter)
+        self.server.ask("restore", adapter)
+
+    def renew_server(self) -> None:
+        """A new server; client actors drop what they were to do for the old one."""
+        self.pool.forget()
+        self.server.renew()
 
     def close(self) -> None:
         """End the actors."""
-        _end([self.server, *self.hosts])
+        self.server.end()
+        if self._pool:
+            self._pool.close()
 
-    def _for_client(self, client: int, broadcast: Broadcast) -> Any:
+    def _client_job(self, name: str, call: Callable[[Any], Any]) -> Answer:
+        """Have any client actor answer a call."""
+        answer, seconds = Answer(), self._evaluation_seconds
+        job = Job(name, lambda actor: [call(actor)], answer.arrived, answer.failed, seconds)
+        self.pool.submit(job)
+        return answer
+
+    def _wait_for(self, answer: Answer) -> Any:
+        self.pool.until(lambda: answer.there)
+        return answer.get()
+
+    def _for_client(self, client: int, made: int, broadcast: Broadcast) -> Any:
         """All editions, which clients share; or, where each has its own, that of one client."""
         if not self._experiment.downlink.client_mask:
-            return self._put(broadcast)
+            return self._stored(made, broadcast)
         key = edition(self._experiment, client)
         return {key: broadcast[key]}
 
-    def _put(self, broadcast: Broadcast) -> Any:
+    def _stored(self, made: int, broadcast: Broadcast) -> Any:
         """The broadcast in the object store: put once, whoever uses it and however long."""
-        if self._broadcast[0] != broadcast:
-            self._broadcast = (broadcast, ray.put(broadcast))
-        return self._broadcast[1]
+        if self._put.get(made, (None,))[0] != broadcast:
+            self._put[made] = (broadcast, ray.put(broadcast))
+        return self._put[made][1]
 
 
 class SoloActor:
-    """A `Solo` in one actor; it is called as any backend is."""
+    """A `Solo` in one actor.
+
+    Raises:
+        PlacementError, UserError: as `ray_backend`.
+    """
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
-        self._actor = _start(group, SERVER_BUNDLE, bundles(experiment), SOLO, experiment)
-        _wait_until_ready([self._actor], experiment.runtime.start_timeout)
+        self._server = ServerActor(experiment, group, SOLO, Reactor())
+        try:
+            self._server.wait()
+        except BaseException:
+            self.close()
+            raise
+        ask = self._server.ask
+        self.examples = partial(ask, "examples")
+        self.download = partial(ask, "download")
+        self.encode_broadcast = partial(ask, "encode_broadcast")
+        self.aggregate = partial(ask, "aggregate")
+        self.discard = partial(ask, "discard")
+        self.measure_floor = partial(ask, "measure_floor")
+        self.adapter = partial(ask, "adapter")
+        self.restore = partial(ask, "restore")
 
-    def __getattr__(self, method: str) -> Any:
-        return partial(_get, self._actor, method)
+    def train(
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """Train on when the report is asked for: until then the state is that of the last round."""
+        yield from self._server.ask("train", round, {}, {})
+
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+        """Begin to measure the one model."""
+        reference = self._server.send("evaluate", round, broadcast, memory)
+        return lambda: self._server.result(reference)  # type: ignore[no-any-return]
+
+    def renew_server(self) -> None:
+        """A new actor."""
+        self._server.renew()
 
     def close(self) -> None:
         """End the actor."""
-        _end([self._actor])
-
-
-def _wait_until_ready(actors: Sequence[Any], timeout: float, among: Sequence[Any] = ()) -> None:
-    """Start the parties; if one fails or is late, they and those `among` which they are end."""
-    ready = [actor.start.remote() for actor in actors]
-    done, waiting = ray.wait(ready, num_returns=len(ready), timeout=timeout)
-    try:
-        ray.get(done)
-        if waiting:
-            raise PlacementError(
-                f"{len(waiting)} of {len(actors)} actors are not ready after {timeout:g} s "
-                "(runtime.start_timeout, in which the server also makes an emulator); free "
-                f"resources: {ray.available_resources()}"
-            )
-    except Exception:
-        _end({*actors, *among})
-        raise
-
-
-def _end(actors: Collection[Any]) -> None:
-    for actor in actors:
-        ray.kill(actor)
-
-
-def _start(group: PlacementGroup, index: int, needed: list[Bundle], *arguments: Any) -> Any:
-    """One party that takes the whole of its bundle."""
-    resources = needed[index]
-    pinned = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    actor = ray.remote(Party).options(
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0),
-        scheduling_strategy=pinned,
-    )
-    return actor.remote(*arguments)
-
-
-def _get(actor: Any, method: str, *arguments: Any) -> Any:
-    return ray.get(actor.call.remote(method, *arguments))
+        self._server.end()

@@ -30,14 +30,21 @@ def client_actors(experiment: Experiment) -> int:
 def bundles(experiment: Experiment) -> list[Bundle]:
     """The reservation of a run: the server's bundle, then one for each client actor.
 
-    A run that is no federation has the server's alone.
+    With `runtime.min_client_actors` it has so many of these, and the other actors join when there
+    is room. A run that is no federation has the server's alone.
     """
     runtime = experiment.runtime
     server = _bundle(runtime.server_cpus, runtime.server_gpus)
     if experiment.method != "federated":
         return [server]
-    client = _bundle(runtime.client_cpus, runtime.client_gpus)
-    return [server] + [client] * client_actors(experiment)
+    most = client_actors(experiment)
+    reserved = min(most, runtime.min_client_actors or most)
+    return [server] + [client_bundle(experiment)] * reserved
+
+
+def client_bundle(experiment: Experiment) -> Bundle:
+    """What one client actor takes."""
+    return _bundle(experiment.runtime.client_cpus, experiment.runtime.client_gpus)
 
 
 def _bundle(cpus: float, gpus: float) -> Bundle:
@@ -58,8 +65,8 @@ def check_fits(needed: list[Bundle]) -> None:
         if not any(_holds(node, bundle) for node in nodes):
             largest = {key: max(node.get(key, 0) for node in nodes) for key in bundle}
             raise PlacementError(
-                f"one actor requires {_words(bundle)}; no node has that, the largest has "
-                f"{_words(largest)}. {_ADVICE}"
+                f"one actor requires {in_words(bundle)}; no node has that, the largest has "
+                f"{in_words(largest)}. {_ADVICE}"
             )
     for resource in dict.fromkeys(key for bundle in needed for key in bundle):
         units = sum(_units(bundle.get(resource, 0)) for bundle in needed)
@@ -76,9 +83,9 @@ def check_fits(needed: list[Bundle]) -> None:
     room = max(_room(nodes, server, clients[0], home) for home in range(len(nodes)))
     if room < len(clients):
         raise PlacementError(
-            f"the run requires {len(clients)} client actors with {_words(clients[0])} each; beside "
-            f"the server the cluster's nodes and GPUs have room for {max(room, 0)} (an actor takes "
-            f"all of its bundle from one node, and a share of a GPU from one GPU). {_ADVICE}"
+            f"the run requires {len(clients)} client actors with {in_words(clients[0])} each; "
+            f"beside the server the cluster's nodes and GPUs have room for {max(room, 0)} (an actor "
+            f"takes all of its bundle from one node, and a share of a GPU from one GPU). {_ADVICE}"
         )
 
 
@@ -123,7 +130,8 @@ def _units(amount: float) -> int:
     return round(amount * _UNITS)
 
 
-def _words(bundle: Bundle) -> str:
+def in_words(bundle: Bundle) -> str:
+    """`0.5 CPU and 1 GPU`."""
     return " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
 
 

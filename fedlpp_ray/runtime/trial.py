@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.util.placement_group import get_current_placement_group
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import Federation, checkpoint
+from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.results import result, to_json
-from fedlpp_ray.runtime.backend import ray_backend
+from fedlpp_ray.runtime.backend import ClosingBackend, ray_backend
 from fedlpp_ray.runtime.placement import STRATEGY, bundles
 from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
@@ -36,23 +38,40 @@ def run_trial(config: dict[str, Any], base: Experiment) -> None:
     report a round, because a scheduler may stop a trial at any: also at the last.
     """
     experiment = base.with_values(values_of(config), "trial")
-    with closing(ray_backend(experiment, get_current_placement_group())) as backend:
+    with _backend(experiment, get_current_placement_group()) as backend:
         federation = Federation(experiment, backend)
         if previous := tune.get_checkpoint():
             with previous.as_directory() as folder:
                 checkpoint.restore(federation, Path(folder))
-        for record in federation.run():
-            metrics, files = round_metrics(federation.history), {}
+        for record, snapshot in finished_rounds(federation, backend.renew_server):
+            metrics, files = round_metrics(snapshot.history), {}
             if record.round == experiment.federation.rounds:
-                outcome = result(experiment, federation.history, backend.measure_floor())
+                outcome = result(experiment, snapshot.history, backend.measure_floor())
                 metrics |= final_metrics(outcome)
                 files[RESULT] = to_json(outcome)
-            _report(metrics, federation, files)
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint.save(experiment, snapshot, Path(folder))
+                for name, text in files.items():
+                    (Path(folder) / name).write_text(text, encoding="utf-8")
+                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def _report(metrics: dict[str, float], federation: Federation, files: dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(federation, Path(folder))
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+_warm: list[tuple[PlacementGroup, ClosingBackend]] = []
+"""The actors of the last trial, if Tune runs the next one in this process and reservation: what
+they have imported, and what their node has mapped, serves it too."""
+
+
+@contextmanager
+def _backend(experiment: Experiment, group: PlacementGroup) -> Iterator[ClosingBackend]:
+    backend = None
+    while _warm:
+        known, left = _warm.pop()
+        if known == group and left.begin(experiment):
+            backend = left
+        else:
+            left.close()
+    backend = backend or ray_backend(experiment, group)
+    try:
+        yield backend
+    finally:
+        _warm.append((group, backend))

@@ -1,0 +1,42 @@
+"""A run whose server may be lost: it goes on from the last finished round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from fedlpp_ray.federation.loop import Federation, ServerLost, Snapshot
+from fedlpp_ray.federation.records import RoundRecord
+
+logger = logging.getLogger(__name__)
+
+LOSSES = 3
+"""Losses in a row, without a round between them, that are made good."""
+
+
+def finished_rounds(
+    federation: Federation, renew: Callable[[], None]
+) -> Iterator[tuple[RoundRecord, Snapshot]]:
+    """The rounds that remain, each with the run as it is after it.
+
+    Args:
+        federation: What is run.
+        renew: Makes a new server.
+
+    Raises:
+        ServerLost: time and again.
+    """
+    snapshot, losses = federation.snapshot(), 0
+    while True:
+        try:
+            for record in federation.run():
+                snapshot, losses = federation.snapshot(), 0
+                yield record, snapshot
+            return
+        except ServerLost as error:
+            losses += 1
+            if losses > LOSSES:
+                raise
+            logger.warning("the server is lost, and made anew as after the last round: %s", error)
+            renew()
+            federation.restore(snapshot)

@@ -1,0 +1,274 @@
+"""The client actors of a run: each pulls its next job, and any of them may be lost at any time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.messages import MessageError
+from fedlpp_ray.runtime.jobs import Job, Queue, Refs
+from fedlpp_ray.runtime.nodes import draining, what_is_missing
+from fedlpp_ray.runtime.party import Place
+from fedlpp_ray.runtime.placement import PlacementError
+from fedlpp_ray.runtime.reactor import Reactor
+
+logger = logging.getLogger(__name__)
+
+Spawn = Callable[[int, float], tuple[Any, Any]]
+"""(slot, factor of the share of a GPU) to a new actor and the reference of its start."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """One client actor, or the next one in its place.
+
+    Attributes:
+        number: Of the slot.
+        actor: Its handle.
+        state: `absent` where it was given up, or is not needed any more.
+        place: Where it runs, once it has started.
+        job: What it does.
+        starts: How often in a row it did not start.
+        room: What its share of a GPU is multiplied by, since others have made room for it.
+    """
+
+    number: int
+    actor: Any = None
+    state: Literal["starting", "idle", "busy", "absent"] = "absent"
+    place: Place | None = None
+    job: Job | None = None
+    starts: int = 0
+    room: float = 1.0
+
+
+class Pool:
+    """Actors that pull jobs.
+
+    Args:
+        reactor: Serves their results.
+        spawn: Makes an actor.
+        size: Number of actors at most.
+        attempts: How often a job, or in a row the start of an actor, is tried.
+        timeout: Seconds without any actor that works after which the pool gives up.
+        needs: What one actor needs, in words.
+
+    Attributes:
+        slots: The actors.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        spawn: Spawn,
+        *,
+        size: int,
+        attempts: int,
+        timeout: float,
+        needs: str,
+    ) -> None:
+        self._reactor, self._spawn = reactor, spawn
+        self._attempts, self._timeout, self._needs = attempts, timeout, needs
+        self._queue = Queue()
+        self._packed_less = False
+        self._worked = time.monotonic()
+        self._last_fault = "none has started"
+        self.slots = [Slot(number) for number in range(size)]
+        for slot in self.slots:
+            self._start(slot)
+
+    @property
+    def working(self) -> list[Slot]:
+        """The actors that have started."""
+        return [slot for slot in self.slots if slot.state in ("idle", "busy")]
+
+    def submit(self, job: Job) -> None:
+        """Have a job done by whoever is free first."""
+        self._queue.push(job)
+        self._dispatch()
+
+    def until(self, condition: Callable[[], bool], deadline: float = float("inf")) -> bool:
+        """As `Reactor.until`.
+
+        Raises:
+            PlacementError: no actor has worked for the pool's timeout.
+        """
+
+        def over() -> bool:
+            if condition():
+                return True
+            self._check_alive()
+            self._dispatch()
+            return False
+
+        return self._reactor.until(over, deadline)
+
+    def cancel(self, job: Job, why: str) -> None:
+        """Do not wait for a job any longer; an actor that is at it is replaced."""
+        job.cancelled = True
+        for slot in self.slots:
+            if slot.job is job:
+                self._replace(slot, why)
+
+    def forget(self) -> None:
+        """Drop all jobs; actors that are at one finish it first."""
+        self._queue = Queue()
+        for slot in self.slots:
+            if slot.job:
+                slot.job.cancelled = True
+
+    def close(self) -> None:
+        """End the actors."""
+        for slot in self.slots:
+            self._end(slot)
+
+    def _check_alive(self) -> None:
+        if self.working:
+            self._worked = time.monotonic()
+        elif all(slot.state == "absent" for slot in self.slots):
+            raise PlacementError(f"no client actor is left: {self._last_fault}")
+        elif time.monotonic() - self._worked > self._timeout:
+            raise PlacementError(
+                f"no client actor has worked for {self._timeout:g} s (runtime.start_timeout); one "
+                f"needs {self._needs}; {what_is_missing()}; last fault: {self._last_fault}"
+            )
+
+    def _start(self, slot: Slot) -> None:
+        slot.state, slot.place, slot.job = "starting", None, None
+        slot.actor, started = self._spawn(slot.number, slot.room)
+        self._reactor.when(started, partial(self._started, slot, slot.actor))
+
+    def _started(self, slot: Slot, actor: Any, reference: Any) -> None:
+        if slot.actor is not actor:
+            return
+        try:
+            slot.place = ray.get(reference)
+        except RayTaskError:
+            raise  # the model or the data cannot be used: nor could another actor
+        except RayError as error:
+            self._last_fault = in_words(error)
+            slot.starts += 1
+            self._end(slot)
+            if slot.starts < self._attempts:
+                self._start(slot)
+            else:
+                logger.warning("client actor %d does not start: %s", slot.number, in_words(error))
+            return
+        slot.state, slot.starts = "idle", 0
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give idle actors their next jobs; those on a node about to go only if all are there."""
+        idle = [slot for slot in self.slots if slot.state == "idle"]
+        if not idle or not self._queue:
+            return
+        leaving = draining()
+        staying = [s for s in self.working if s.place and s.place.node not in leaving]
+        for slot in idle:
+            if staying and slot not in staying:
+                continue
+            job = self._queue.pop()
+            if job is None:
+                return
+            slot.state, slot.job = "busy", job
+            references = job.send(slot.actor)
+            finished = partial(self._finished, slot, slot.actor, job, references)
+            self._reactor.when(references[0], finished)
+
+    def _finished(self, slot: Slot, actor: Any, job: Job, references: Refs, _: Any) -> None:
+        if slot.actor is not actor:
+            return  # replaced meanwhile
+        slot.state, slot.job = "idle", None
+        try:
+            result = ray.get(references[0])
+        except MessageError as error:
+            result = error
+        except RayError as error:
+            if _is_out_of_memory(error):
+                self._pack_less(slot, job, error)
+            elif isinstance(error, RayTaskError):
+                raise
+            else:
+                self._lost(slot, job, error)
+            return
+        self._dispatch()
+        if not job.cancelled:
+            job.done(result, references[1:])
+
+    def _lost(self, slot: Slot, job: Job, error: RayError) -> None:
+        self._replace(slot, in_words(error))
+        self.again(job, in_words(error), counts=not getattr(error, "preempted", False))
+
+    def again(self, job: Job, why: str, *, counts: bool = True) -> None:
+        """Queue a job whose result is lost; give it up after the last attempt."""
+        if job.cancelled:
+            return
+        job.attempts += counts
+        if job.attempts < self._attempts:
+            logger.warning("%s is begun again: %s", job.name, why)
+            self._queue.push(job)
+            self._dispatch()
+        else:
+            job.failed(f"lost in {job.attempts} attempts (runtime.attempts): {why}")
+
+    def _replace(self, slot: Slot, why: str) -> None:
+        self._last_fault = why
+        logger.warning("client actor %d is replaced: %s", slot.number, why)
+        self._end(slot)
+        self._start(slot)
+
+    def _pack_less(self, slot: Slot, job: Job, error: RayError) -> None:
+        """Once, give half of the actors on a device the memory of all."""
+        sharing = [s for s in self.working if s.place == slot.place]
+        if self._packed_less or len(sharing) < 2:
+            raise OutOfMemoryError(job.name, len(sharing), error)
+        self._packed_less = True
+        kept = len(sharing) // 2
+        logger.warning(
+            "%s ran out of memory: %d actors instead of %d share this device from now on",
+            *(job.name, kept, len(sharing)),
+        )
+        jobs = [job, *(s.job for s in sharing if s.job)]
+        for number, other in enumerate(sharing):
+            self._end(other)
+            if number < kept:
+                other.room *= len(sharing) / kept
+                self._start(other)
+        for each in jobs:
+            self._queue.push(each)
+
+    def _end(self, slot: Slot) -> None:
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+        slot.actor, slot.state, slot.place, slot.job = None, "absent", None, None
+
+
+class OutOfMemoryError(UserError):
+    """A client does not fit into the memory of its device."""
+
+    def __init__(self, name: str, sharing: int, error: RayError) -> None:
+        super().__init__(
+            f"{name} ran out of memory with {sharing} actors on its device: lower "
+            "client.batch_size, task.max_length or client.base_bits, or give an actor more "
+            f"(runtime.client_gpus, fewer runtime.client_actors): {in_words(error)}"
+        )
+
+
+def _is_out_of_memory(error: RayError) -> bool:
+    """Torch's own, of a GPU, or Ray's, whose monitor ends a process before the node runs out."""
+    kinds = [*type(error).__mro__, *type(getattr(error, "cause", None)).__mro__]
+    return any(kind.__name__ == "OutOfMemoryError" for kind in kinds)
+
+
+def in_words(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"

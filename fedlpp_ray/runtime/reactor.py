@@ -1,0 +1,55 @@
+"""Waiting for many remote results at once, in one thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+Then = Callable[[Any], None]
+"""Is given the reference whose result is there, or has failed."""
+
+
+class Reactor:
+    """Calls back for each result when it is there. Whoever waits for anything serves all."""
+
+    def __init__(self) -> None:
+        self._then: dict[Any, Then] = {}
+
+    def when(self, reference: Any, then: Then) -> None:
+        """Call `then` with the reference when it is ready."""
+        self._then[reference] = then
+
+    def until(self, condition: Callable[[], bool], deadline: float = float("inf")) -> bool:
+        """Serve callbacks until a condition holds.
+
+        Args:
+            condition: Looked at after each callback, and every second.
+            deadline: Of `time.monotonic`.
+
+        Returns:
+            Whether it holds; False once the deadline has passed.
+        """
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._serve(min(left, 1.0))
+        return True
+
+    def get(self, reference: Any) -> Any:
+        """The result of one reference; others are served meanwhile."""
+        found: list[Any] = []
+        self.when(reference, found.append)
+        self.until(lambda: bool(found))
+        return ray.get(reference)
+
+    def _serve(self, seconds: float) -> None:
+        if not self._then:
+            time.sleep(min(seconds, 0.1))
+            return
+        ready, _ = ray.wait(list(self._then), timeout=seconds, fetch_local=False)
+        for reference in ready:
+            self._then.pop(reference)(reference)

@@ -1,0 +1,115 @@
+"""The actor of a server, and its loss."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.loop import ServerLost
+from fedlpp_ray.runtime.nodes import what_is_missing
+from fedlpp_ray.runtime.party import Party
+from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_bundle
+from fedlpp_ray.runtime.reactor import Reactor
+
+
+class ServerActor:
+    """The actor that has bundle 0: it is waited for, and its loss has a name.
+
+    Args:
+        experiment: What to run.
+        group: Reservation.
+        party: Which.
+        reactor: Serves other results while it is waited for.
+
+    Raises:
+        PlacementError, UserError: as `ray_backend`.
+    """
+
+    def __init__(
+        self, experiment: Experiment, group: PlacementGroup, party: str, reactor: Reactor
+    ) -> None:
+        self._experiment, self._group = experiment, group
+        self._party, self._reactor = party, reactor
+        self._begin()
+
+    def _begin(self) -> None:
+        self.actor = actor_in(self._group, SERVER_BUNDLE, self._experiment)
+        self._start = self.actor.start.remote(self._party, self._experiment)
+
+    def renew(self) -> None:
+        """Put a new actor in the place of one that is gone."""
+        self.end()
+        self._begin()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it has started."""
+        for _ in range(self._experiment.runtime.attempts - 1):
+            try:
+                self._wait()
+            except ServerLost:
+                self._begin()
+            else:
+                return
+        self._wait()
+
+    def _wait(self) -> None:
+        timeout = self._experiment.runtime.start_timeout
+        ready: list[Any] = []
+        self._reactor.when(self._start, ready.append)
+        if not self._reactor.until(lambda: bool(ready), time.monotonic() + timeout):
+            raise PlacementError(
+                f"the server is not ready after {timeout:g} s (runtime.start_timeout, in which it "
+                f"also makes an emulator); {what_is_missing()}"
+            )
+        self.result(self._start)
+
+    def send(self, method: str, *arguments: Any) -> Any:
+        """Call a method; returns the reference of its result."""
+        return self.actor.call.remote(method, *arguments)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method and wait for its result.
+
+        Raises:
+            ServerLost: the actor is gone.
+        """
+        return self.result(self.send(method, *arguments))
+
+    def result(self, reference: Any) -> Any:
+        """Wait for the result of a call.
+
+        Raises:
+            ServerLost: the actor is gone.
+        """
+        try:
+            return self._reactor.get(reference)
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise ServerLost(str(error)) from error
+
+    def end(self) -> None:
+        """End the actor."""
+        ray.kill(self.actor)
+
+
+def actor_in(group: PlacementGroup, index: int | None, experiment: Experiment) -> Any:
+    """A new actor that takes the whole of its bundle, or None: what a client needs, anywhere."""
+    needed = client_bundle(experiment) if index is None else bundles(experiment)[index]
+    pinned = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index or 0)
+    return (
+        ray.remote(Party)
+        .options(
+            num_cpus=needed["CPU"],
+            num_gpus=needed.get("GPU", 0),
+            scheduling_strategy="DEFAULT" if index is None else pinned,
+        )
+        .remote()
+    )
