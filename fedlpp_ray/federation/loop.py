@@ -123,7 +123,7 @@ class Federation:
         self.experiment = experiment
         self.backend = backend
         self.history: list[RoundRecord] = []
-        self._memories: dict[int, bytes] = {}
+        self._memories: dict[int, bytes] = {}  # what clients keep
         self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
         examples = backend.examples()
         self._download = backend.download()

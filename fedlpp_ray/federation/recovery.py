@@ -37,6 +37,7 @@ def finished_rounds(
             losses += 1
             if losses > LOSSES:
                 raise
-            logger.warning("the server is lost, and made anew as after the last round: %s", error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("the server is made anew as it was after the last round: %s", reason)
             renew()
             federation.restore(snapshot)

@@ -25,13 +25,16 @@ from fedlpp_ray.runtime.cohort import CohortTraining
 from fedlpp_ray.runtime.jobs import Answer, Job, Pace
 from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER, SOLO
 from fedlpp_ray.runtime.placement import bundles, client_actors, client_bundle, in_words
-from fedlpp_ray.runtime.pool import Pool
+from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor, actor_in
 
 
 class ClosingBackend(Backend, Protocol):
-    """A `Backend` whose actors can be ended."""
+    """A `Backend` whose actors can go on to another run, or end."""
+
+    def begin(self, experiment: Experiment) -> bool:
+        """Start another run in the same actors; False where it needs others."""
 
     def close(self) -> None:
         """End the actors."""
@@ -70,22 +73,40 @@ class RayBackend:
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
         self._experiment, self._group = experiment, group
         self._reactor = Reactor()
-        self._put: dict[int, tuple[Broadcast, Any]] = {}
-        self._evaluation_seconds = 0.0
         self.server = ServerActor(experiment, group, SERVER, self._reactor)
-        self._emulator: Any = None
         self._pool: Pool | None = None
         try:
-            if experiment.emulator.kind != "none":  # the server makes it, so it comes first
-                self.server.wait()
-                self._emulator = self.server.send("emulator")
-            self._pool = self._make_pool()
-            self.server.wait()
-            self.pool.until(lambda: bool(self.pool.working))
-            self._pace = Pace(self._steps(self.examples()))
+            self._prepare()
         except BaseException:
             self.close()
             raise
+
+    def _prepare(self) -> None:
+        """Until the server and one client actor have started; the others join when they have."""
+        self._emulator: Any = None
+        self._put: dict[int, tuple[Broadcast, Any]] = {}
+        self._training: CohortTraining | None = None
+        self._evaluation_seconds = 0.0
+        if self._experiment.emulator.kind != "none":  # the server makes it, so it comes first
+            self.server.wait()
+            self._emulator = self.server.send("emulator")
+        if self._pool is None:
+            self._pool = self._make_pool()
+        else:
+            self._pool.begin()
+        self.server.wait()
+        self.pool.until(lambda: bool(self.pool.working))
+        self._pace = Pace(self._steps(self.examples()))
+
+    def begin(self, experiment: Experiment) -> bool:
+        """Start another run in the same actors; False where it needs others."""
+        if _actors(experiment) != _actors(self._experiment):
+            return False
+        self._experiment = experiment
+        self._reactor.clear()
+        self.server.begin(experiment)
+        self._prepare()
+        return True
 
     @property
     def pool(self) -> Pool:
@@ -97,22 +118,23 @@ class RayBackend:
         runtime = self._experiment.runtime
         return Pool(
             self._reactor,
-            self._spawn,
+            self._start,
             size=client_actors(self._experiment),
             attempts=runtime.attempts,
             timeout=runtime.start_timeout,
             needs=in_words(client_bundle(self._experiment)),
         )
 
-    def _spawn(self, number: int, room: float) -> tuple[Any, Any]:
+    def _start(self, slot: Slot) -> tuple[Any, Any]:
         """A client actor in its bundle, or, beyond those reserved, wherever there is room."""
         experiment = self._experiment
-        reserved = number + 1 < len(bundles(experiment))
-        actor = actor_in(self._group, number + 1 if reserved else None, experiment)
-        if room != 1.0:
-            share = min(1.0, experiment.runtime.client_gpus * room)
+        reserved = slot.number + 1 < len(bundles(experiment))
+        index = slot.number + 1 if reserved else None
+        actor = slot.actor or actor_in(self._group, index, experiment)
+        if slot.room != 1.0:
+            share = min(1.0, experiment.runtime.client_gpus * slot.room)
             experiment = experiment.with_values({"runtime.client_gpus": share})
-        return actor, actor.start.remote(CLIENT_HOST, experiment, number, self._emulator)
+        return actor, actor.start.remote(CLIENT_HOST, experiment, slot.number, self._emulator)
 
     def _steps(self, examples: Sequence[int]) -> Any:
         config, size = self._experiment.federation, self._experiment.client.batch_size
@@ -141,6 +163,7 @@ class RayBackend:
         self._put = {made: each for made, each in self._put.items() if made in broadcasts}
         opened = self.server.send("open_round", round, list(cohort), references)
         training = CohortTraining(round, self.server, self.pool, self._reactor, self._pace)
+        self._training = training
         for each in sorted(cohort, key=lambda each: -self._pace.expected(each.client)):
             made = self._experiment.downlink.made_in(each.started)
             message = self._for_client(each.client, made, broadcasts[made])
@@ -186,7 +209,11 @@ class RayBackend:
     def renew_server(self) -> None:
         """A new server; client actors drop what they were to do for the old one."""
         self.pool.forget()
-        self.server.renew()
+        if self._training:
+            self._training.abandon()
+        self.server.end()
+        self.server.renew(self._experiment)
+        self.server.wait()
 
     def close(self) -> None:
         """End the actors."""
@@ -227,6 +254,7 @@ class SoloActor:
     """
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
+        self._experiment = experiment
         self._server = ServerActor(experiment, group, SOLO, Reactor())
         try:
             self._server.wait()
@@ -259,8 +287,25 @@ class SoloActor:
 
     def renew_server(self) -> None:
         """A new actor."""
-        self._server.renew()
+        self._server.end()
+        self._server.renew(self._experiment)
+        self._server.wait()
+
+    def begin(self, experiment: Experiment) -> bool:
+        """Start another run in the same actor; False where it needs others."""
+        if _actors(experiment) != _actors(self._experiment):
+            return False
+        self._experiment = experiment
+        self._server.begin(experiment)
+        self._server.wait()
+        return True
 
     def close(self) -> None:
         """End the actor."""
         self._server.end()
+
+
+def _actors(experiment: Experiment) -> tuple[Any, ...]:
+    """What two runs must have in common if the second is to use the actors of the first."""
+    federated = experiment.method == "federated"
+    return federated, experiment.runtime, client_actors(experiment)

@@ -56,6 +56,11 @@ class CohortTraining:
         job = self._open[client] = Job(name, send, done, failed, self._pace.expected(client))
         self._pool.submit(job)
 
+    def abandon(self) -> None:
+        """Wait for nobody any more."""
+        for job in self._open.values():
+            job.cancelled = True
+
     def reports(self, opened: Any, limit: float | None) -> Iterator[ClientReport]:
         """What became of each client, as it is known.
 

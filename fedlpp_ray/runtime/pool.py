@@ -22,8 +22,8 @@ from fedlpp_ray.runtime.reactor import Reactor
 
 logger = logging.getLogger(__name__)
 
-Spawn = Callable[[int, float], tuple[Any, Any]]
-"""(slot, factor of the share of a GPU) to a new actor and the reference of its start."""
+Begin = Callable[["Slot"], tuple[Any, Any]]
+"""A slot to its actor, a new one where it has none, and the reference of its start."""
 
 
 @dataclass(eq=False)
@@ -37,6 +37,7 @@ class Slot:
         place: Where it runs, once it has started.
         job: What it does.
         starts: How often in a row it did not start.
+        turn: Counts the starts, so that what belongs to an earlier one is known.
         room: What its share of a GPU is multiplied by, since others have made room for it.
     """
 
@@ -46,6 +47,7 @@ class Slot:
     place: Place | None = None
     job: Job | None = None
     starts: int = 0
+    turn: int = 0
     room: float = 1.0
 
 
@@ -54,7 +56,7 @@ class Pool:
 
     Args:
         reactor: Serves their results.
-        spawn: Makes an actor.
+        begin: Starts an actor.
         size: Number of actors at most.
         attempts: How often a job, or in a row the start of an actor, is tried.
         timeout: Seconds without any actor that works after which the pool gives up.
@@ -67,22 +69,18 @@ class Pool:
     def __init__(
         self,
         reactor: Reactor,
-        spawn: Spawn,
+        begin: Begin,
         *,
         size: int,
         attempts: int,
         timeout: float,
         needs: str,
     ) -> None:
-        self._reactor, self._spawn = reactor, spawn
+        self._reactor, self._begin = reactor, begin
         self._attempts, self._timeout, self._needs = attempts, timeout, needs
-        self._queue = Queue()
-        self._packed_less = False
-        self._worked = time.monotonic()
         self._last_fault = "none has started"
         self.slots = [Slot(number) for number in range(size)]
-        for slot in self.slots:
-            self._start(slot)
+        self.begin()
 
     @property
     def working(self) -> list[Slot]:
@@ -124,6 +122,14 @@ class Pool:
             if slot.job:
                 slot.job.cancelled = True
 
+    def begin(self) -> None:
+        """Start the same actors with what they are to do next; whatever they did is void."""
+        self._queue, self._packed_less = Queue(), False
+        self._worked = time.monotonic()
+        for slot in self.slots:
+            slot.starts, slot.room = 0, 1.0
+            self._start(slot)
+
     def close(self) -> None:
         """End the actors."""
         for slot in self.slots:
@@ -142,11 +148,12 @@ class Pool:
 
     def _start(self, slot: Slot) -> None:
         slot.state, slot.place, slot.job = "starting", None, None
-        slot.actor, started = self._spawn(slot.number, slot.room)
-        self._reactor.when(started, partial(self._started, slot, slot.actor))
+        slot.turn += 1
+        slot.actor, started = self._begin(slot)
+        self._reactor.when(started, partial(self._started, slot, slot.turn))
 
-    def _started(self, slot: Slot, actor: Any, reference: Any) -> None:
-        if slot.actor is not actor:
+    def _started(self, slot: Slot, turn: int, reference: Any) -> None:
+        if slot.turn != turn:
             return
         try:
             slot.place = ray.get(reference)
@@ -179,11 +186,11 @@ class Pool:
                 return
             slot.state, slot.job = "busy", job
             references = job.send(slot.actor)
-            finished = partial(self._finished, slot, slot.actor, job, references)
+            finished = partial(self._finished, slot, slot.turn, job, references)
             self._reactor.when(references[0], finished)
 
-    def _finished(self, slot: Slot, actor: Any, job: Job, references: Refs, _: Any) -> None:
-        if slot.actor is not actor:
+    def _finished(self, slot: Slot, turn: int, job: Job, references: Refs, _: Any) -> None:
+        if slot.turn != turn:
             return  # replaced meanwhile
         slot.state, slot.job = "idle", None
         try:
@@ -247,6 +254,7 @@ class Pool:
     def _end(self, slot: Slot) -> None:
         if slot.actor is not None:
             ray.kill(slot.actor)
+        slot.turn += 1
         slot.actor, slot.state, slot.place, slot.job = None, "absent", None, None
 
 

@@ -22,6 +22,10 @@ class Reactor:
         """Call `then` with the reference when it is ready."""
         self._then[reference] = then
 
+    def clear(self) -> None:
+        """Wait for nothing any more."""
+        self._then.clear()
+
     def until(self, condition: Callable[[], bool], deadline: float = float("inf")) -> bool:
         """Serve callbacks until a condition holds.
 

@@ -34,19 +34,18 @@ class ServerActor:
     def __init__(
         self, experiment: Experiment, group: PlacementGroup, party: str, reactor: Reactor
     ) -> None:
-        self._experiment, self._group = experiment, group
-        self._party, self._reactor = party, reactor
-        self._begin()
+        self._group, self._party, self._reactor = group, party, reactor
+        self.renew(experiment)
 
-    def _begin(self) -> None:
-        self.actor = actor_in(self._group, SERVER_BUNDLE, self._experiment)
-        self._start = self.actor.start.remote(self._party, self._experiment)
-
-    def renew(self) -> None:
+    def renew(self, experiment: Experiment) -> None:
         """Put a new actor in the place of one that is gone."""
-        self.end()
-        self._begin()
-        self.wait()
+        self.actor = actor_in(self._group, SERVER_BUNDLE, experiment)
+        self.begin(experiment)
+
+    def begin(self, experiment: Experiment) -> None:
+        """Make the party anew in the same actor."""
+        self._experiment = experiment
+        self._start = self.actor.start.remote(self._party, experiment)
 
     def wait(self) -> None:
         """Until it has started."""
@@ -54,7 +53,7 @@ class ServerActor:
             try:
                 self._wait()
             except ServerLost:
-                self._begin()
+                self.renew(self._experiment)
             else:
                 return
         self._wait()
