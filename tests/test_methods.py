@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlpp_ray.aggregation import METHODS, Return, find_method, fold, make_optimizer
+from fedlpp_ray.aggregation import METHODS, Method, Plan, Return, RoundSum, find_method, make_optimizer
 from fedlpp_ray.aggregation.products import Product, combine, norm, pad, product, rank_of, truncate
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.state import State, layers_of, name_of, part, schema_of
@@ -61,17 +61,26 @@ def run(
         trained = method.trained(1) & method.travels
         update = {n: client[n] - received[n] for n in client if part(n) in trained}
         returns.append(Return(pad(received, RANK), pad(update, RANK), weight))
+    return fold(method, state, broadcast, returns, rule=rule, lr=lr)
+
+
+def fold(
+    method: Method,
+    state: State,
+    broadcast: State,
+    returns: list[Return],
+    *,
+    rule: str = "residual",
+    lr: float = 1.0,
+    planned: int | None = None,
+) -> State:
+    """The next state from the returns of clients 0, 1, ..."""
+    schema = schema_of(returns[0].update)
+    total = RoundSum(Plan(method, schema, broadcast, rule, lr, planned or len(returns)))
+    for client, each in enumerate(returns):
+        total.add(client, each)
     optimizer = make_optimizer("fedavg", schema_of(state), lr=lr)
-    return fold(
-        method,
-        state,
-        broadcast,
-        returns,
-        rule=rule,
-        lr=lr,
-        optimizer=optimizer,
-        random=torch.Generator(),
-    )
+    return total.next_state(state, broadcast, optimizer, torch.Generator())
 
 
 WEIGHTS = st.lists(st.floats(0.1, 1), min_size=1, max_size=4).map(
@@ -227,17 +236,7 @@ def test_no_method_changes_its_inputs(name: str) -> None:
     before = {n: t.clone() for n, t in start.items()}
     update = {n: torch.ones_like(t) for n, t in start.items() if part(n) in method.trained(1)}
     returns = [Return(start, update, 0.5), Return(start, update, 0.5)]
-    optimizer = make_optimizer("fedavg", schema_of(start), lr=1.0)
-    after = fold(
-        method,
-        start,
-        start,
-        returns,
-        rule="residual",
-        lr=1.0,
-        optimizer=optimizer,
-        random=torch.Generator(),
-    )
+    after = fold(method, start, start, returns)
     assert after.keys() == start.keys()
     assert all(torch.equal(start[n], before[n]) for n in start)
     assert {n: tuple(t.shape) for n, t in after.items()} == dict(schema_of(start))
