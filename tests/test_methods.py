@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlpp_ray.aggregation import METHODS, Method, Plan, Return, RoundSum, find_method, make_optimizer
+from fedlpp_ray.aggregation import (
+    METHODS,
+    Method,
+    Plan,
+    Return,
+    RoundSum,
+    find_method,
+    make_optimizer,
+)
 from fedlpp_ray.aggregation.products import Product, combine, norm, pad, product, rank_of, truncate
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.state import State, layers_of, name_of, part, schema_of

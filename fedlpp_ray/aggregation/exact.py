@@ -163,7 +163,7 @@ class ExactSum:
         for name, lo in self._lo.items():
             carried = (lo + _CARRY // 2) >> 50
             self._hi[name] += carried
-            lo -= carried << 50
+            lo.sub_(carried << 50)
         self._uncarried = 0
 
 

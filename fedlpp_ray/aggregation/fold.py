@@ -31,12 +31,13 @@ class RoundSum:
         plan: Of the round.
 
     Attributes:
+        plan: Of the round.
         clients: Whose returns it holds.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.clients: frozenset[int] = frozenset()
-        self._plan = plan
+        self.plan = plan
         self._names, self._summed = plan.kept(), plan.summed()
         self._kept: dict[int, Return] = {}
         self._means: dict[str, ExactMean] = {}
@@ -80,9 +81,9 @@ class RoundSum:
 
     def direction(self) -> State:
         """K - D, float64, of at least one return."""
-        if self._plan.method.direction is not None:
+        if self.plan.method.direction is not None:
             returns = [self._kept[client] for client in sorted(self._kept)]
-            return self._plan.method.direction(returns, self._plan.broadcast)
+            return self.plan.method.direction(returns, self.plan.broadcast)
         return self._means["mean" if "mean" in self._means else "idle"].values()
 
     def next_state(
@@ -102,8 +103,8 @@ class RoundSum:
         """
         if not self.clients:
             return state
-        after = next_state(self._plan.rule, state, broadcast, self.direction(), optimizer)
-        return self._plan.method.refit(after, self.target(state), random)
+        after = next_state(self.plan.rule, state, broadcast, self.direction(), optimizer)
+        return self.plan.method.refit(after, self.target(state), random)
 
     def target(self, state: State) -> Target:
         """The server's rule on products instead of factors, where a mean is exact.
@@ -117,7 +118,7 @@ class RoundSum:
         Returns:
             A function from a layer's name to its next product.
         """
-        ours = self._plan.coefficients[0]
+        ours = self.plan.coefficients[0]
 
         def target(layer: str) -> Product | Matrix:
             if layer in self._summed:
@@ -140,15 +141,15 @@ class RoundSum:
 
     def _products(self, each: Return, layer: str) -> list[tuple[Product, float]]:
         """P(D_i) and P(K_i) with their coefficients, those that are not 0."""
-        _, received, returned = self._plan.coefficients
+        _, received, returned = self.plan.coefficients
         both = ((each.received, received), (each.returned, returned))
         return [(product(held, layer), factor) for held, factor in both if factor]
 
     def _terms(self, returned: Return) -> dict[str, tuple[float, State]]:
         """What a return adds, by mean: weight and state."""
-        method, terms = self._plan.method, {}
+        method, terms = self.plan.method, {}
         if method.direction is None:
-            weight, term = method.contribution(returned, self._plan.broadcast)
+            weight, term = method.contribution(returned, self.plan.broadcast)
             if not (math.isfinite(weight) and weight >= 0):
                 raise OverflowError(f"its weight is {weight}")
             kind, weight = ("mean", weight) if weight >= SMALLEST else ("idle", 1.0)
@@ -167,8 +168,8 @@ class RoundSum:
         "mean" is the direction. "idle" takes its place where no return has a weight above 0; it
         has those with weight 0, equally. "products" are the rule's products by layer.
         """
-        schema = self._summed if kind == "products" else self._plan.schema
-        return self._means.get(kind) or ExactMean(schema, self._plan.clients)
+        schema = self._summed if kind == "products" else self.plan.schema
+        return self._means.get(kind) or ExactMean(schema, self.plan.clients)
 
     @property
     def kinds(self) -> list[str]:
@@ -186,17 +187,19 @@ class RoundSum:
             raise ValueError(f"means {', '.join(map(repr, kinds))} are not expected")
         found: Parts = {}
         for kind in kinds:
-            schema = self._summed if kind == "products" else self._plan.schema
+            schema = self._summed if kind == "products" else self.plan.schema
             found |= {f"{kind}/{n}": part for n, part in ExactMean.parts(schema).items()}
         for client in clients:
-            shapes = {name: self._plan.schema[name] for name in self._names}
+            shapes = {name: self.plan.schema[name] for name in self._names}
             found |= {f"{client}/{n}": (torch.float32, shape) for n, shape in shapes.items()}
         return found
 
     def tensors(self) -> State:
         """All that it holds, flat, for another process (`absorb`); not copies."""
         flat = {
-            f"{kind}/{n}": t for kind, mean in self._means.items() for n, t in mean.tensors().items()
+            f"{kind}/{n}": t
+            for kind, mean in self._means.items()
+            for n, t in mean.tensors().items()
         }
         for client, each in self._kept.items():
             flat |= {f"{client}/{name}": tensor for name, tensor in each.update.items()}
@@ -215,16 +218,16 @@ class RoundSum:
         Raises:
             ValueError: it cannot be a sum of these clients' returns, or this one has one of them.
         """
-        other = RoundSum(self._plan)
+        other = RoundSum(self.plan)
         other.clients = frozenset(clients)
         for kind in {name.partition("/")[0] for name in tensors} & {"mean", "idle", "products"}:
             flat = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(kind)}
-            schema = self._summed if kind == "products" else self._plan.schema
-            other._means[kind] = ExactMean.of(schema, self._plan.clients, flat)
+            schema = self._summed if kind == "products" else self.plan.schema
+            other._means[kind] = ExactMean.of(schema, self.plan.clients, flat)
         counts = {kind: mean.count for kind, mean in other._means.items()}
         products, rest = counts.pop("products", len(clients)), sum(counts.values())
-        whole = 0 if self._plan.method.direction is not None else len(clients)
-        if products != len(clients) or rest != whole:
+        whole = 0 if self.plan.method.direction is not None else len(clients)
+        if products != len(clients) or rest != whole or 0 in counts.values():
             raise ValueError(f"{counts} returns of {len(clients)} clients")
         for client, weight in clients.items() if self._names else ():
             update = {name: tensors[f"{client}/{name}"] for name in self._names}

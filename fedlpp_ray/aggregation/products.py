@@ -45,7 +45,6 @@ class Product:
         u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         return q_left @ u, s, vh @ q_right.T
 
-
     def times(self, right: Tensor) -> Tensor:
         """left @ (right @ x), (d_out, k), for x of (d_in, k)."""
         return self.left @ (self.right @ right)

@@ -129,9 +129,7 @@ def _check_variates(experiment: Experiment, method: Method) -> None:
         return
     reasons = {
         f"server.aggregation '{experiment.server.aggregation}' does not average the updates of all "
-        "that is trained": method.refit is not keep
-        or not method.averages
-        or bool(method.personal),
+        "that is trained": method.refit is not keep or not method.averages or bool(method.personal),
         "lora.client_ranks gives clients other tensors than the server": bool(
             experiment.lora.client_ranks
         ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.loop import Backend
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Memory
+from fedlpp_ray.federation.records import Assignment, ClientUpdate, Evaluation, Memory
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.solo import Solo
 from fedlpp_ray.federation.wire import Broadcast
@@ -30,11 +30,11 @@ class InProcess:
     """
 
     def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
         self._server = Server(experiment)
         self._host = ClientHost(experiment, emulator=self._server.emulator())
         self.download = self._server.download
         self.encode_broadcast = self._server.encode_broadcast
-        self.aggregate = self._server.aggregate
         self.adapter = self._server.adapter
         self.restore = self._server.restore
         self.examples = self._server.examples
@@ -45,6 +45,15 @@ class InProcess:
     ) -> list[ClientUpdate]:
         """One update from each client, in the order of the cohort."""
         return [self._host.train(round, c, broadcast, memory) for c, memory in cohort.items()]
+
+    def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
+        """Fold the updates into the server's next state; returns its digest."""
+        cohort = [Assignment(update.client, round) for update in updates]
+        made = self._experiment.downlink.made_in(round)
+        self._server.open_round(round, cohort, {made: broadcast})
+        for update in updates:
+            self._server.receive(round, update.client, update.payload)
+        return self._server.aggregate(round)
 
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
         """The server's state and what a client has of it."""

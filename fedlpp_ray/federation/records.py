@@ -14,6 +14,22 @@ because hosts serve many clients; no message carries it."""
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """One client's part in a round of the server's.
+
+    Attributes:
+        client: Which client.
+        started: The round whose broadcast it trains from: the current one, or where the server
+            does not wait for its clients, possibly an earlier one.
+        weight: Discount of an update that is late, in [1e-6, 1]; multiplies its weight in the mean.
+    """
+
+    client: int
+    started: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """What one client returns from one round.
 

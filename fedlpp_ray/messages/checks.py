@@ -25,6 +25,8 @@ _DTYPES = {
 }
 _HEADER_BYTES_PER_TENSOR = 1024
 _HEADER_BYTES = 4096
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
 
 
 class MessageError(UserError):
@@ -139,7 +141,7 @@ def _read_json(text: str) -> Any:
 
 def _brief(value: Any) -> str:
     """What a sender wrote, on one line of bounded length and depth."""
-    return reprlib.repr(value)
+    return _REPR.repr(value)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.loop import Backend
-from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory
+from fedlpp_ray.federation.records import Assignment, ClientUpdate, Evaluation, Floor, Memory
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.runtime.placement import (
     SERVER_BUNDLE,
@@ -132,8 +132,12 @@ class RayBackend:
 
     def aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
         """Fold the updates into the server's next state; returns its digest."""
-        reference = self._put(broadcast)
-        return _get(self.server, "aggregate", round, reference, updates)  # type: ignore[no-any-return]
+        cohort = [Assignment(update.client, round) for update in updates]
+        made = self._experiment.downlink.made_in(round)
+        _get(self.server, "open_round", round, cohort, {made: broadcast})
+        for update in updates:
+            _get(self.server, "receive", round, update.client, update.payload)
+        return _get(self.server, "aggregate", round)  # type: ignore[no-any-return]
 
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Evaluation:
         """The server's state and what a client has of it, measured at the same time."""

@@ -10,6 +10,7 @@ W0 is then no longer public, and a client that is not sent the residue never see
 from __future__ import annotations
 
 import math
+
 import torch
 
 from fedlpp_ray.aggregation.methods.base import Method, Target
