@@ -107,7 +107,7 @@ class ExactSum:
             self._hi[name] += other._hi[name]
             self._lo[name] += other._lo[name]
         self.count += other.count
-        self._carry()
+        self._uncarried = 1
 
     def value(self, name: str) -> Tensor:
         """The sum of one tensor, float64: the exact integer's limbs, added once."""
