@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlpp_ray.aggregation import METHODS, Return, find_method, fold, make_optimizer
+from fedlpp_ray.aggregation import (
+    METHODS,
+    Method,
+    Plan,
+    Return,
+    RoundSum,
+    find_method,
+    make_optimizer,
+)
 from fedlpp_ray.aggregation.products import Product, combine, norm, pad, product, rank_of, truncate
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.state import State, layers_of, name_of, part, schema_of
+from fedlpp_ray.state import State, layers_of, name_of, part, schema_of, state_digest
 
 LAYERS = {"model.one": (7, 5), "model.two": (4, 9)}
 ALPHA = 6.0
@@ -61,17 +69,26 @@ def run(
         trained = method.trained(1) & method.travels
         update = {n: client[n] - received[n] for n in client if part(n) in trained}
         returns.append(Return(pad(received, RANK), pad(update, RANK), weight))
+    return fold(method, state, broadcast, returns, rule=rule, lr=lr)
+
+
+def fold(
+    method: Method,
+    state: State,
+    broadcast: State,
+    returns: list[Return],
+    *,
+    rule: str = "residual",
+    lr: float = 1.0,
+    planned: int | None = None,
+) -> State:
+    """The next state from the returns of clients 0, 1, ..."""
+    schema = schema_of(returns[0].update)
+    total = RoundSum(Plan(method, schema, broadcast, rule, lr, planned or len(returns)))
+    for client, each in enumerate(returns):
+        total.add(client, each)
     optimizer = make_optimizer("fedavg", schema_of(state), lr=lr)
-    return fold(
-        method,
-        state,
-        broadcast,
-        returns,
-        rule=rule,
-        lr=lr,
-        optimizer=optimizer,
-        random=torch.Generator(),
-    )
+    return total.next_state(state, broadcast, optimizer, torch.Generator())
 
 
 WEIGHTS = st.lists(st.floats(0.1, 1), min_size=1, max_size=4).map(
@@ -227,17 +244,7 @@ def test_no_method_changes_its_inputs(name: str) -> None:
     before = {n: t.clone() for n, t in start.items()}
     update = {n: torch.ones_like(t) for n, t in start.items() if part(n) in method.trained(1)}
     returns = [Return(start, update, 0.5), Return(start, update, 0.5)]
-    optimizer = make_optimizer("fedavg", schema_of(start), lr=1.0)
-    after = fold(
-        method,
-        start,
-        start,
-        returns,
-        rule="residual",
-        lr=1.0,
-        optimizer=optimizer,
-        random=torch.Generator(),
-    )
+    after = fold(method, start, start, returns)
     assert after.keys() == start.keys()
     assert all(torch.equal(start[n], before[n]) for n in start)
     assert {n: tuple(t.shape) for n, t in after.items()} == dict(schema_of(start))
@@ -296,3 +303,125 @@ def test_the_norm_of_a_state_is_that_of_its_products() -> None:
 def test_an_unknown_method_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         find_method(name)
+
+
+def federation(seed: int, clients: int, width: int = 40) -> tuple[State, list[Return]]:
+    """D with layers of `width`, and returns of uneven weights."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"A": (RANK, width), "B": (width, RANK)}
+    names = {name_of(layer, kind): shape for layer in LAYERS for kind, shape in shapes.items()}
+
+    def draw(scale: float) -> State:
+        return {n: scale * torch.randn(shape, generator=generator) for n, shape in names.items()}
+
+    broadcast = draw(1.0)
+    zeros = {name_of(layer, "residual"): torch.zeros(width, width) for layer in LAYERS}
+    start = dict(sorted((broadcast | zeros).items()))
+    return start, [Return(start, draw(0.1), 7.0 + 3 * i) for i in range(clients)]
+
+
+def only_median(returns: list[Return], _broadcast: State) -> State:
+    names = returns[0].update
+    return {n: torch.stack([r.update[n].double() for r in returns]).median(0).values for n in names}
+
+
+OF_ALL = METHODS | {"median": Method(direction=only_median)}
+
+
+@pytest.mark.parametrize("planned", [5, 1000])
+@pytest.mark.parametrize("rule", ["residual", "replace", "pull"])
+@pytest.mark.parametrize("name", OF_ALL)
+def test_no_order_and_no_grouping_changes_a_bit(name: str, rule: str, planned: int) -> None:
+    """A part comes as tensors, as from a node; factors are kept (5) or summed (1000)."""
+    start, returns = federation(0, 5)
+    trained = OF_ALL[name].trained(1) & OF_ALL[name].travels
+    returns = [
+        Return(r.received, {n: t for n, t in r.update.items() if part(n) in trained}, r.weight)
+        for r in returns
+    ]
+    plan = Plan(OF_ALL[name], schema_of(returns[0].update), start, rule, 0.5, planned)
+
+    def finished(total: RoundSum) -> str:
+        optimizer = make_optimizer("fedavg", schema_of(start), lr=0.5)
+        random = torch.Generator().manual_seed(1)
+        return state_digest(total.next_state(start, start, optimizer, random))
+
+    digests = set()
+    for order, cut in (([0, 1, 2, 3, 4], 0), ([4, 2, 0, 3, 1], 2), ([3, 1, 4, 0, 2], 4)):
+        total, node = RoundSum(plan), RoundSum(plan)
+        for client in order[cut:]:
+            node.add(client, returns[client])
+        for client in order[:cut]:
+            total.add(client, returns[client])
+        tensors = node.tensors()
+        found = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+        assert found == total.parts(node.kinds, node.clients)
+        weights = {client: returns[client].weight for client in node.clients}
+        total.absorb(tensors, weights, lambda client: returns[client].received)
+        assert total.clients == {0, 1, 2, 3, 4}
+        digests.add(finished(total))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora", "flexlora", "lora-fair"])
+@pytest.mark.parametrize("rule", ["residual", "replace", "pull"])
+def test_products_that_are_summed_are_those_that_are_stacked(name: str, rule: str) -> None:
+    """Five clients of rank 3 fit a matrix of 100 by 100 many times, and a thousand do not."""
+    start, returns = federation(1, 5, width=100)
+    method, schema = METHODS[name], schema_of(returns[0].update)
+    few, many = (Plan(method, schema, start, rule, 0.5, clients) for clients in (5, 1000))
+    assert (len(few.kept()), len(few.summed())) == (4, 0)
+    assert (len(many.kept()), len(many.summed())) == (0, 2)
+    one, other = (
+        fold(method, start, start, returns, rule=rule, lr=0.5, planned=plan.clients)
+        for plan in (few, many)
+    )
+    for layer in LAYERS:
+        torch.testing.assert_close(dense_of(one, layer), dense_of(other, layer), atol=1e-5, rtol=0)
+
+
+def dense_of(state: State, layer: str) -> Tensor:
+    return product(state, layer).dense() + state[name_of(layer, "residual")].double()
+
+
+def test_what_is_held_does_not_grow_with_the_returns() -> None:
+    start, returns = federation(2, 1)
+    for name in METHODS:
+        plan = Plan(METHODS[name], schema_of(returns[0].update), start, "residual", 1.0, 500)
+        total, held = RoundSum(plan), set()
+        for client in range(20):
+            total.add(client, returns[0])
+            held.add(sum(t.nbytes for t in total.tensors().values()))
+        assert len(held) == 1
+
+
+def test_hetlora_counts_clients_that_hold_nothing_only_where_all_do() -> None:
+    start, (one, two) = random_state(0), (random_state(1), random_state(2))
+    empty = {n: torch.zeros_like(t) for n, t in one.items() if part(n) == "B"}
+    nothing = run("hetlora", start, [one | empty, two | empty], [0.9, 0.1])
+    for name in start:
+        expected = ((one | empty)[name] + (two | empty)[name]) / 2
+        torch.testing.assert_close(nothing[name], expected, atol=1e-6, rtol=1e-6)
+    alone = run("hetlora", start, [one | empty, two], [0.9, 0.1])
+    for name in start:
+        torch.testing.assert_close(alone[name], two[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_return_that_cannot_be_added_changes_nothing() -> None:
+    start, (one, two) = federation(3, 2)
+    for name in ("fedit", "flexlora", "hetlora"):
+        plan = Plan(METHODS[name], schema_of(one.update), start, "residual", 1.0, 1000)
+        total = RoundSum(plan)
+        total.add(0, one)
+        before = state_digest(total.tensors())
+        last = max(two.update)
+        for bad in (math.nan, math.inf, 1e30):
+            update = two.update | {last: torch.full_like(two.update[last], bad)}
+            with pytest.raises(OverflowError):
+                total.add(1, Return(start, update, 7.0))
+        with pytest.raises(ValueError, match="client 0 has been added"):
+            total.add(0, two)
+        with pytest.raises(ValueError, match="client 0 has been added"):
+            total.merge(total)
+        assert state_digest(total.tensors()) == before
+        assert total.clients == {0}

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
-
-from fedlpp_ray.state import State
-
-
-def weights(examples: Sequence[int], weighting: Literal["examples", "uniform"]) -> list[float]:
-    """One weight a client, summing to 1: n_i / sum n, or equal."""
-    counts = examples if weighting == "examples" else [1] * len(examples)
-    return [count / sum(counts) for count in counts]
+from fedlpp_ray.aggregation.exact import ExactMean
+from fedlpp_ray.state import State, schema_of
 
 
 def weighted_mean(returns: Sequence[State], weights: Sequence[float]) -> State:
-    """K - D = sum_i p_i (a_i - D), FedLPP's mean of the returns.
-
-    Summed in float64 in the order given, so that the result does not depend on who finished first.
+    """sum_i w_i x_i / sum_i w_i, with the same bits in any order (`exact`).
 
     Args:
         returns: One state a client, all with the same names and shapes.
-        weights: p_i, one a client.
+        weights: w_i, positive, one a client.
 
     Returns:
         A float64 state.
+
+    Raises:
+        OverflowError, ValueError: as `ExactSum.add`.
     """
-    mean = {
-        name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in returns[0].items()
-    }
+    mean = ExactMean(schema_of(returns[0]), len(returns))
     for state, weight in zip(returns, weights, strict=True):
-        for name in mean:
-            mean[name] += weight * state[name].double()
-    return mean
+        mean.add(state, weight)
+    return mean.values()

@@ -45,6 +45,34 @@ class Product:
         u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         return q_left @ u, s, vh @ q_right.T
 
+    def times(self, right: Tensor) -> Tensor:
+        """left @ (right @ x), (d_out, k), for x of (d_in, k)."""
+        return self.left @ (self.right @ right)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A sum of products whose ranks together are no smaller than a matrix; as a `Product`.
+
+    Attributes:
+        values: (d_out, d_in), float64.
+    """
+
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """The matrix, (d_out, d_in), float64."""
+        return self.values
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d_out, k), S (k,) descending, Vh (k, d_in) with k = min(d_out, d_in)."""
+        u, s, vh = torch.linalg.svd(self.values, full_matrices=False)
+        return u, s, vh
+
+    def times(self, right: Tensor) -> Tensor:
+        """The matrix times x, (d_out, k), for x of (d_in, k)."""
+        return self.values @ right
+
 
 def product(state: State, layer: str) -> Product:
     """B A of one layer of a state."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedlpp_ray.aggregation import METHODS, Method, find_method
-from fedlpp_ray.aggregation.methods.base import keep, mean_update
+from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import ConfigError, Experiment
 
 
@@ -129,9 +129,7 @@ def _check_variates(experiment: Experiment, method: Method) -> None:
         return
     reasons = {
         f"server.aggregation '{experiment.server.aggregation}' does not average the updates of all "
-        "that is trained": method.refit is not keep
-        or method.direction is not mean_update
-        or bool(method.personal),
+        "that is trained": method.refit is not keep or not method.averages or bool(method.personal),
         "lora.client_ranks gives clients other tensors than the server": bool(
             experiment.lora.client_ranks
         ),
@@ -160,7 +158,7 @@ def _check_stale(experiment: Experiment, method: Method) -> None:
         "the rounds since; allowed: residual": experiment.server.rule != "residual",
         f"server.aggregation '{name}' does not take the mean of the updates, and what else it "
         "reads off a broadcast would count again in every round that it is in force": (
-            method.direction is not mean_update
+            not method.averages
         ),
         f"server.aggregation '{name}' trains other parts from round to round, each given what the "
         "round before made of the others, which a broadcast in force for longer does not have": (
@@ -179,7 +177,7 @@ def _check_masks(experiment: Experiment, method: Method) -> None:
         f"server.rule '{experiment.server.rule}' draws the server's model to the broadcast, where "
         "masked columns are zero; allowed: residual": experiment.server.rule != "residual",
         f"server.aggregation '{name}' does not average the updates of factors, which alone are "
-        "unbiased under masks": method.refit is not keep or method.direction is not mean_update,
+        "unbiased under masks": method.refit is not keep or not method.averages,
         f"server.aggregation '{name}' does not send A, whose columns are masked": "A"
         not in method.travels,
         "uplink.error_feedback adds what an earlier round's rounding took, and "

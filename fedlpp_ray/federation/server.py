@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import safetensors.torch
 import torch
 
-from fedlpp_ray.aggregation import Return, find_method, fold, make_optimizer, weights
-from fedlpp_ray.aggregation.methods import mean_update
-from fedlpp_ray.aggregation.products import pad, rotate, truncate
+from fedlpp_ray.aggregation import find_method, make_optimizer
+from fedlpp_ray.aggregation.products import truncate
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.adapter import adapter_files, adapter_state
+from fedlpp_ray.federation.aggregator import Aggregator, Opening
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
-from fedlpp_ray.federation.masks import fill
-from fedlpp_ray.federation.records import ClientUpdate
-from fedlpp_ray.federation.wire import Broadcast, Wire, edition
+from fedlpp_ray.federation.records import Assignment
+from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.lora import add_adapter, add_residuals, read_state, write_state
-from fedlpp_ray.messages import Envelope, MessageError, decode, encode
+from fedlpp_ray.messages import MessageError, encode
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import VARIATE, State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
@@ -59,6 +58,7 @@ class Server:
         self._wire = Wire(experiment, schema_of(self._initial))
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
+        self._aggregator: Aggregator | None = None
         config = experiment.server
         self._optimizer = make_optimizer(
             config.optimizer,
@@ -82,19 +82,6 @@ class Server:
         """Bytes of the emulator; 0 without one."""
         return len(self._emulator or b"")
 
-    def verdict(self, round: int, client: int, payload: bytes) -> str | None:
-        """As `receive`; why the update is refused, or None."""
-        try:
-            self.receive(round, client, payload)
-        except MessageError as error:
-            return str(error)
-        return None
-
-    def discard(self, round: int) -> str:
-        """Forget what a round has received; returns the digest of the state."""
-        self.open_round(round, (), {})
-        return self.aggregate(round)
-
     def encode_broadcast(self, round: int, clients: Collection[int] = ()) -> Broadcast:
         """The quantized state D, made in this round, in every edition.
 
@@ -111,118 +98,137 @@ class Server:
         schema = self._wire.broadcast(rank)
         state = truncate({name: t for name, t in held.items() if name in schema}, rank)
         state = self._wire.masks.apply(state, self._wire.masks.draw(round, edition))
-        state = self._rotate(round, state)
+        state = self._wire.rotate(round, state)
         return encode(self._wire.envelope(round, edition), state, self._wire.downlink, random)
 
-    def open_round(self, round, cohort, broadcasts):
-        self._round = round
-        self._open = {a.client: a for a in cohort}
-        self._bc = {r: dict(b) for r, b in broadcasts.items()}
-        self._got = {}
+    def opening(
+        self, round: int, cohort: Sequence[Assignment], broadcasts: Mapping[int, Broadcast]
+    ) -> Opening:
+        """What an `Aggregator` of a round needs to know, here or on another machine.
 
-    def receive(self, round, client, payload):
-        if client in self._got:
-            raise MessageError("twice")
-        key = edition(self._experiment, client)
-        b = self._bc[self._experiment.downlink.made_in(self._open[client].started)]
-        self._read(
-            self._open[client].started,
-            ClientUpdate(client, payload, 0.0, 0.0, 0),
-            self._received(self._open[client].started, key, b[key]),
-        )
-        self._got[client] = payload
-
-    def aggregate(self, round):
-        if not self._got:
-            return state_digest(self._state)
-        ups = [ClientUpdate(c, p, 0.0, 0.0, 0) for c, p in sorted(self._got.items())]
-        return self._aggregate(round, self._bc[self._experiment.downlink.made_in(round)], ups)
-
-    def _aggregate(self, round: int, broadcast: Broadcast, updates: Sequence[ClientUpdate]) -> str:
-        """Fold the cohort's updates, in the order given, into the next state.
-
-        Returns:
-            The digest of the next state.
+        Args:
+            round: The server's, from 1.
+            cohort: The clients that may return, each once.
+            broadcasts: The broadcasts that they train from, by the round in which each was made.
 
         Raises:
-            MessageError: an update is not what this round expects; the state is unchanged.
+            ValueError: the cohort has a client twice, one that there is none of, or one that
+                trains from a broadcast that is not given; or its weights are out of range.
         """
-        config = self._experiment.server
-        received = {key: self._received(round, key, payload) for key, payload in broadcast.items()}
-        examples = [self._text.examples[update.client] for update in updates]
-        shares = weights(examples, config.weighting)
-        held = [received[edition(self._experiment, update.client)] for update in updates]
-        returns = [
-            Return(each, self._read(round, update, each), share)
-            for each, update, share in zip(held, updates, shares, strict=True)
-        ]
-        # Where each client has an edition of its own, the server has none, and its rule needs none.
-        masked = self._experiment.downlink.client_mask
-        own = self._state if masked else received[self._experiment.lora.rank]
-        self._state = fold(
-            self._wire.method,
-            self._state,
-            own,
-            returns,
-            rule=config.rule,
-            lr=config.lr,
-            optimizer=self._optimizer,
-            random=generator(self._experiment.seed, "aggregate", round),
+        counts = self._text.examples
+        if unknown := [each.client for each in cohort if each.client not in range(len(counts))]:
+            raise ValueError(f"client {unknown[0]} is not one of {len(counts)}")
+        unsent = {n: t for n, t in self._initial.items() if n not in self._state}
+        return Opening(
+            experiment=self._experiment,
+            schema=schema_of(self._initial),
+            round=round,
+            cohort=tuple(cohort),
+            broadcasts=broadcasts,
+            examples={each.client: counts[each.client] for each in cohort},
+            unsent={n: t for n, t in unsent.items() if part(n) != "residual"},
         )
-        if self._variates:
-            self._renew_variates(round, updates, mean_update(returns, {}), own)
+
+    def open_round(
+        self, round: int, cohort: Sequence[Assignment], broadcasts: Mapping[int, Broadcast]
+    ) -> None:
+        """Begin to receive updates. What a round that was not closed has received is forgotten.
+
+        The arguments are those of `opening`.
+
+        Raises:
+            MessageError: a broadcast is not what its round made.
+            ValueError: as `opening`.
+        """
+        self._aggregator = Aggregator(self.opening(round, cohort, broadcasts))
+
+    def receive(self, round: int, client: int, payload: bytes) -> None:
+        """Add a client's update to the round, in whatever order updates arrive.
+
+        Raises:
+            MessageError: the round is not open, the client is not in its cohort or has returned, or
+                the update is not what the client was to send. Nothing has changed.
+        """
+        self._open(round).receive(client, payload)
+
+    def verdict(self, round: int, client: int, payload: bytes) -> str | None:
+        """As `receive`; why the update is refused, or None."""
+        try:
+            self.receive(round, client, payload)
+        except MessageError as error:
+            return str(error)
+        return None
+
+    def merge(self, round: int, partial: bytes) -> list[int]:
+        """Add what an `Aggregator` elsewhere has received.
+
+        Returns:
+            Its clients, sorted.
+
+        Raises:
+            MessageError: the round is not open, the partial result is of another one, or holds a
+                client that is not in the cohort or has returned. Nothing has changed.
+        """
+        return self._open(round).merge(partial)
+
+    def aggregate(self, round: int) -> str:
+        """Close the round: fold what has been received into the next state.
+
+        Returns:
+            The digest of the next state; where nothing has been received, of the same one.
+
+        Raises:
+            MessageError: the round is not open.
+        """
+        aggregator = self._open(round)
+        total = aggregator.total
+        # Where each client has an edition of its own there is no other, and the rule needs none.
+        own = self._state if self._experiment.downlink.client_mask else aggregator.own
+        if total.clients:
+            self._state = total.next_state(
+                self._state,
+                own,
+                self._optimizer,
+                generator(self._experiment.seed, "aggregate", round),
+            )
+        if total.clients and self._variates:
+            self._renew_variates(round, total.clients, total.direction(), own)
+        self._aggregator = None
         return state_digest(self._state)
 
+    def discard(self, round: int) -> str:
+        """Close the round without a change; returns the digest of the state.
+
+        Raises:
+            MessageError: the round is not open.
+        """
+        self._open(round)
+        self._aggregator = None
+        return state_digest(self._state)
+
+    def _open(self, round: int) -> Aggregator:
+        if self._aggregator is None or self._aggregator.round != round:
+            raise MessageError(f"round {round} is not open")
+        return self._aggregator
+
     def _renew_variates(
-        self, round: int, updates: Sequence[ClientUpdate], mean: State, received: State
+        self, round: int, clients: Collection[int], mean: State, received: State
     ) -> None:
-        """SCAFFOLD's c, from K - D and what clients received of c."""
+        """SCAFFOLD's c, from K - D and what the clients whose updates were accepted had of c."""
         experiment = self._experiment
         counts = self._text.examples
         by_examples = experiment.server.weighting == "examples"
-        cohort = [counts[u.client] if by_examples else 1 for u in updates]
-        share = sum(cohort) / (sum(counts) if by_examples else len(counts))
+        accepted = sum(counts[client] for client in clients) if by_examples else len(clients)
+        population = sum(counts) if by_examples else len(counts)
         descent = client_descent(experiment, round)
+        steps = self._text.steps(min(clients))  # the same for all
         self._variates = next_server_variate(
             self._variates,
             {name: received[f"{VARIATE}{name}"] for name in self._variates},
             mean,
-            share=share,
-            travelled=descent.travelled(experiment.client.lr, self._text.steps(updates[0].client)),
+            share=accepted / population,
+            travelled=descent.travelled(experiment.client.lr, steps),
         )
-
-    def _received(self, round: int, edition: int, payload: bytes) -> State:
-        """What readers of an edition have decoded, at the server's rank; what never travels, as is.
-
-        A residual that is not sent is what the server has: no client can have changed it.
-        """
-        schema = self._wire.broadcast(self._wire.rank(edition))
-        expected = self._wire.envelope(round, edition)
-        state = decode(payload, expected, schema, self._wire.downlink)
-        state = self._rotate(round, fill(state, state), back=True)
-        return self._initial | self._state | pad(state, self._experiment.lora.rank)
-
-    def _read(self, round: int, update: ClientUpdate, received: State) -> State:
-        rank = self._experiment.lora.rank_of(update.client)
-        expected = Envelope("update", round, update.client, self._text.examples[update.client])
-        schema, limit = self._wire.update(round, rank), self._experiment.server.max_update_norm
-        try:
-            state = decode(update.payload, expected, schema, self._wire.uplink, max_norm=limit)
-            state = self._wire.masks.settle(state, received)
-        except MessageError as error:
-            raise MessageError(
-                f"round {round}, update of client {update.client} refused: {error} "
-                f"(server.max_update_norm = {limit:g})"
-            ) from None
-        return pad(self._rotate(round, state, back=True), self._experiment.lora.rank)
-
-    def _rotate(self, round: int, state: State, *, back: bool = False) -> State:
-        """A state in the gauge of the broadcast in force, or an update back in the server's."""
-        down = self._experiment.downlink
-        if not down.rotate:
-            return state
-        random = generator(self._experiment.seed, "rotation", down.made_in(round))
-        return rotate(state, random, back=back)
 
     def evaluate(self) -> Metrics | None:
         """Metrics of the full-precision base with the full-precision state.

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 
 from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.aggregation.products import rotate
 from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig, Experiment, UplinkConfig
 from fedlpp_ray.federation.masks import Masks
 from fedlpp_ray.messages import Codec, Envelope
 from fedlpp_ray.quantization import Quantizer
-from fedlpp_ray.state import FACTOR_AXIS, VARIATE, Part, Schema, part
+from fedlpp_ray.seeds import generator
+from fedlpp_ray.state import FACTOR_AXIS, VARIATE, Part, Schema, State, part
 
 BF16 = 16
 """The value of `uplink.bits` that means bf16."""
@@ -108,6 +110,19 @@ class Wire:
         """Names and shapes of what a client of a rank returns in a round."""
         trained = self._select(self.method.trained(round) & self.method.travels, rank)
         return self.masks.schema(trained)
+
+    def trained(self, round: int) -> Schema:
+        """Names and shapes of all that an update of a round can change, at the server's rank."""
+        parts = self.method.trained(round) & self.method.travels
+        return self._select(parts, self._experiment.lora.rank)
+
+    def rotate(self, round: int, state: State, *, back: bool = False) -> State:
+        """A state in the gauge of the broadcast in force, or an update back in the server's."""
+        down = self._experiment.downlink
+        if not down.rotate:
+            return state
+        random = generator(self._experiment.seed, "rotation", down.made_in(round))
+        return rotate(state, random, back=back)
 
     def _select(self, parts: frozenset[Part], rank: int) -> dict[str, tuple[int, ...]]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,23 +16,48 @@ from fedlpp_ray.errors import UserError
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Expected dtype and shape of every tensor of a message."""
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
 _HEADER_BYTES_PER_TENSOR = 1024
 _HEADER_BYTES = 4096
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
 
 
 class MessageError(UserError):
     """A received message is not what was expected; it must not be used."""
 
 
-def read_header(payload: bytes, parts: Parts) -> Any:
+def read_header(payload: Any, parts: Parts) -> Any:
     """Check size, names, dtypes and shapes, and return the message's own header.
 
     Raises:
         MessageError: naming the first thing that is wrong.
     """
-    data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts.values())
-    header_limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(parts)
+    listing, header = read_listing(payload, parts)
+    check_listing(listing, parts)
+    return header
+
+
+def read_listing(payload: Any, largest: Parts) -> tuple[dict[str, Any], Any]:
+    """Check the size, and return what the message says of its tensors, and its own header.
+
+    Args:
+        payload: Anything; a message is bytes.
+        largest: Every tensor that the largest message could have.
+
+    Raises:
+        MessageError: naming the first thing that is wrong.
+    """
+    if not isinstance(payload, bytes):
+        raise MessageError(f"a {type(payload).__name__} is no message; bytes are")
+    data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in largest.values())
+    header_limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(largest)
     if len(payload) > data + header_limit:
         raise MessageError(f"{len(payload)} bytes; at most {data + header_limit} are expected")
     if len(payload) < 8:
@@ -40,19 +66,39 @@ def read_header(payload: bytes, parts: Parts) -> Any:
     if length > min(header_limit, len(payload) - 8):
         raise MessageError(f"a header of {length} bytes; at most {header_limit} are expected")
     try:
-        listing = json.loads(payload[8 : 8 + length])
-        header = json.loads(listing.pop("__metadata__")["fedlpp"])
-        found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in listing.items()}
+        listing = _read_json(payload[8 : 8 + length].decode())
+        return listing, _read_json(listing.pop("__metadata__")["fedlpp"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MessageError(f"no readable header: {error!r}") from None
-    expected = {name: (_DTYPES[dtype], shape) for name, (dtype, shape) in parts.items()}
-    if found.keys() != expected.keys():
-        different = sorted(found.keys() ^ expected.keys())
-        raise MessageError(f"missing or unexpected tensors: {', '.join(different[:5])}")
-    for name, entry in expected.items():
-        if found[name] != entry:
-            raise MessageError(f"{name}: dtype and shape are {found[name]}, expected {entry}")
-    return header
+        raise MessageError(f"no readable header: {_brief(error)}") from None
+
+
+def check_listing(listing: Mapping[str, Any], parts: Parts) -> None:
+    """Compare names, dtypes and shapes with those expected.
+
+    Raises:
+        MessageError: naming the first thing that is wrong.
+    """
+    if listing.keys() != parts.keys():
+        different = sorted(listing.keys() ^ parts.keys())[:5]
+        names = ", ".join(name if name in parts else _brief(name) for name in different)
+        raise MessageError(f"missing or unexpected tensors: {names}")
+    for name, (dtype, shape) in parts.items():
+        entry, expected = listing[name], {"dtype": _DTYPES[dtype], "shape": list(shape)}
+        found = {k: entry.get(k) for k in expected} if isinstance(entry, dict) else entry
+        if not _same(found, expected):
+            raise MessageError(
+                f"{name}: dtype and shape are {_brief(found)}, expected {_DTYPES[dtype]}, {shape}"
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
+    """Compare what has been read with what is expected, whatever its header said.
+
+    Raises:
+        MessageError: they differ.
+    """
+    if {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} != parts:
+        raise MessageError("the tensors are not those of the header")
 
 
 def check_header(header: Any, expected: Mapping[str, Any]) -> None:
@@ -64,8 +110,38 @@ def check_header(header: Any, expected: Mapping[str, Any]) -> None:
     if not isinstance(header, dict) or header.keys() != expected.keys():
         raise MessageError(f"the header's fields are not {', '.join(expected)}")
     for field, value in expected.items():
-        if header[field] != value:
-            raise MessageError(f"{field} is {header[field]!r}, expected {value!r}")
+        if not _same(header[field], value):
+            raise MessageError(f"{field} is {_brief(header[field])}, expected {value!r}")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Equality of JSON values in which 1, 1.0 and true are three; no deeper than expected."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            _same(found[key], value) for key, value in expected.items()
+        )
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    return bool(found == expected)
+
+
+def _read_json(text: str) -> Any:
+    """A JSON value in which no object has a key twice: parsers differ in which one counts."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _brief(value: Any) -> str:
+    """What a sender wrote, on one line of bounded length and depth."""
+    return _REPR.repr(value)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -26,6 +26,7 @@ from fedlpp_ray.messages.checks import (
     check_finite,
     check_header,
     check_norm,
+    check_tensors,
     read_header,
 )
 from fedlpp_ray.quantization import QuantizedTensor, Quantizer, pack, packed_bytes, unpack
@@ -104,7 +105,7 @@ def decode(
     """The state that a message carries: exactly what dequantizing at the sender would give.
 
     Args:
-        payload: The received bytes.
+        payload: What was received; bytes, if it is a message.
         expected: The envelope that the receiver waits for.
         schema: Names and shapes that the receiver's model has.
         codec: How the receiver has agreed that they travel.
@@ -117,15 +118,26 @@ def decode(
     parts = _expected_parts(schema, codec)
     header = read_header(payload, parts)
     check_header(header, json.loads(_header(expected, schema, codec)))
-    try:
-        tensors = safetensors.torch.load(payload)
-    except Exception as error:
-        raise MessageError(f"not a safetensors message: {error}") from None
+    tensors = load(payload, parts)
     state = {name: _restore(name, schema[name], codec, tensors) for name in schema}
     for name, tensor in state.items():
         check_finite(name, tensor)
     check_norm({n: t for n, t in state.items() if n not in codec.flags}, max_norm)
     return state
+
+
+def load(payload: bytes, parts: Parts) -> State:
+    """The tensors of a message whose header has been checked.
+
+    Raises:
+        MessageError: it is no safetensors file, or has other tensors.
+    """
+    try:
+        tensors = safetensors.torch.load(payload)
+    except Exception as error:
+        raise MessageError(f"not a safetensors message: {error}") from None
+    check_tensors(tensors, parts)
+    return tensors
 
 
 def _header(envelope: Envelope, schema: Schema, codec: Codec) -> str:

@@ -163,7 +163,7 @@ HOSTILE = {
         change_tensor("t1:codes", None),
         "missing or unexpected tensors: t1:codes",
     ),
-    "a tensor too many": (change_tensor("evil", torch.ones(1)), "unexpected tensors: evil"),
+    "a tensor too many": (change_tensor("evil", torch.ones(1)), "unexpected tensors: 'evil'"),
     "another dtype": (change_tensor("t0:scales", torch.ones(4).half()), "t0:scales: dtype"),
     "another shape": (change_tensor("t0:scales", torch.ones(3)), "t0:scales: dtype and shape"),
     "a scale that is not finite": (change_tensor("t0:scales", torch.full((4,), math.inf)), "t0"),

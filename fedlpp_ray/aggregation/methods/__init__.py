@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from fedlpp_ray.aggregation.methods.base import Method, Return, always, mean_update
+from fedlpp_ray.aggregation.methods.base import Method, Return, Target, always, mean_update
 from fedlpp_ray.aggregation.methods.fedex_lora import FEDEX_LORA
 from fedlpp_ray.aggregation.methods.fedit import FEDIT
 from fedlpp_ray.aggregation.methods.fedsa_lora import FEDSA_LORA
@@ -53,4 +53,4 @@ def find_method(name: str) -> Method:
     return found
 
 
-__all__ = ["METHODS", "Method", "Return", "always", "find_method", "mean_update"]
+__all__ = ["METHODS", "Method", "Return", "Target", "always", "find_method", "mean_update"]

@@ -8,16 +8,14 @@ client that is not sent the residue trains on another base than the server evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from fedlpp_ray.aggregation.methods.base import Method
-from fedlpp_ray.aggregation.products import Product, product
+from fedlpp_ray.aggregation.methods.base import Method, Target
+from fedlpp_ray.aggregation.products import product
 from fedlpp_ray.state import State, layers_of, name_of
 
 
-def _refit(state: State, target: Callable[[str], Product], _random: torch.Generator) -> State:
+def _refit(state: State, target: Target, _random: torch.Generator) -> State:
     refitted = dict(state)
     for layer in layers_of(state):
         name = name_of(layer, "residual")

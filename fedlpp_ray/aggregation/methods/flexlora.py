@@ -8,16 +8,14 @@ rank. Exact up to the truncation to R.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from fedlpp_ray.aggregation.methods.base import Method
-from fedlpp_ray.aggregation.products import Product, rank_of
+from fedlpp_ray.aggregation.methods.base import Method, Target
+from fedlpp_ray.aggregation.products import Matrix, Product, rank_of
 from fedlpp_ray.state import State, layers_of, name_of
 
 
-def _refit(state: State, target: Callable[[str], Product], _random: torch.Generator) -> State:
+def _refit(state: State, target: Target, _random: torch.Generator) -> State:
     rank = rank_of(state)
     refitted = dict(state)
     for layer in layers_of(state):
@@ -26,7 +24,7 @@ def _refit(state: State, target: Callable[[str], Product], _random: torch.Genera
     return refitted
 
 
-def balanced(product: Product, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def balanced(product: Product | Matrix, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """B (d_out, r) and A (r, d_in) of the best approximation of rank r, with S shared equally.
 
     Signs are fixed (the largest entry of each column of B is positive), so that equal products give

@@ -10,16 +10,14 @@ W0 is then no longer public, and a client that is not sent the residue never see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
-from fedlpp_ray.aggregation.methods.base import Method
-from fedlpp_ray.aggregation.products import Product
+from fedlpp_ray.aggregation.methods.base import Method, Target
 from fedlpp_ray.state import State, layers_of, name_of
 
 
-def _refit(state: State, target: Callable[[str], Product], random: torch.Generator) -> State:
+def _refit(state: State, target: Target, random: torch.Generator) -> State:
     refitted = dict(state)
     for layer in layers_of(state):
         name = name_of(layer, "residual")

@@ -11,24 +11,21 @@ the rows of A allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from fedlpp_ray.aggregation.methods.base import Method
-from fedlpp_ray.aggregation.products import Product
+from fedlpp_ray.aggregation.methods.base import Method, Target
 from fedlpp_ray.state import State, layers_of, name_of
 
 MU = 0.01
 
 
-def _refit(state: State, target: Callable[[str], Product], _random: torch.Generator) -> State:
+def _refit(state: State, target: Target, _random: torch.Generator) -> State:
     refitted = dict(state)
     for layer in layers_of(state):
         name = name_of(layer, "B")
         a, b = state[name_of(layer, "A")].double(), state[name].double()
         wanted = target(layer)
-        missed = wanted.left @ (wanted.right @ a.T) - b @ (a @ a.T)  # (P - B A) A^T
+        missed = wanted.times(a.T) - b @ (a @ a.T)  # (P - B A) A^T
         gram = a @ a.T
         ridge = MU * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         correction = torch.linalg.solve(gram + ridge, missed.T).T

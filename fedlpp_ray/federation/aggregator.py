@@ -1,0 +1,232 @@
+"""Receives the updates of a round: decodes, checks and adds each as it arrives.
+
+The server has one. A node of a cluster may have another for the clients on it, and sends what they
+come to as one message; where and in which order updates were added changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+
+from fedlpp_ray.aggregation import Plan, Return, RoundSum
+from fedlpp_ray.aggregation.products import pad
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.masks import fill
+from fedlpp_ray.federation.records import Assignment
+from fedlpp_ray.federation.wire import Broadcast, Wire, edition
+from fedlpp_ray.messages import Envelope, MessageError, decode
+from fedlpp_ray.messages.checks import (
+    check_finite,
+    check_header,
+    check_listing,
+    read_listing,
+)
+from fedlpp_ray.messages.codec import load
+from fedlpp_ray.state import Schema, State, schema_digest
+
+PARTIAL_VERSION = 1
+_WEIGHTS = (1e-6, 1.0)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known of a round before its first update; made by `Server.opening`.
+
+    Attributes:
+        experiment: What is run.
+        schema: Of the server's whole model state.
+        round: The server's, from 1.
+        cohort: The clients that may return.
+        broadcasts: The broadcasts that they train from, by the round in which each was made.
+        examples: n_i of each client of the cohort.
+        unsent: What clients have from the seed: never trained by all, never sent.
+    """
+
+    experiment: Experiment
+    schema: Schema
+    round: int
+    cohort: tuple[Assignment, ...]
+    broadcasts: Mapping[int, Broadcast]
+    examples: Mapping[int, int]
+    unsent: State
+
+
+class Aggregator:
+    """The updates of one round so far.
+
+    Args:
+        opening: The round.
+
+    Attributes:
+        round: Which.
+        total: What the updates come to.
+
+    Raises:
+        MessageError: a broadcast is not what its round made.
+        ValueError: a client twice, a weight out of range, a broadcast that is missing, or clients
+            that train other parts than each other.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        self.round = opening.round
+        self._opening, self._experiment = opening, opening.experiment
+        self._wire = Wire(opening.experiment, opening.schema)
+        self._cohort = {each.client: each for each in opening.cohort}
+        self._check_opening()
+        self._decoded: dict[tuple[int, int], State] = {}
+        newest = max((each.started for each in opening.cohort), default=opening.round)
+        self.own: State = {}
+        """D at the server's own rank, in the newest round that a client started in; empty where
+        each client has an edition of its own."""
+        if opening.cohort and not self._experiment.downlink.client_mask:
+            self.own = self._received(newest, self._experiment.lora.rank)
+        config = self._experiment.server
+        schema, clients = self._wire.trained(newest), max(1, len(opening.cohort))
+        plan = Plan(self._wire.method, schema, self.own, config.rule, config.lr, clients)
+        self.total = RoundSum(plan)
+
+    @property
+    def clients(self) -> list[int]:
+        """Whose updates it holds, sorted."""
+        return sorted(self.total.clients)
+
+    def receive(self, client: int, payload: bytes) -> None:
+        """Check and add a client's update.
+
+        Raises:
+            MessageError: the client is not in the cohort or has returned, or the update is not what
+                the client was to send. Nothing has changed.
+        """
+        if type(client) is not int or client not in self._cohort:
+            raise MessageError(f"round {self.round}: client {client!r:.50} is not in the cohort")
+        if client in self.total.clients:
+            raise MessageError(f"round {self.round}: client {client} has returned before")
+        try:
+            self.total.add(client, self._read(self._cohort[client], payload))
+        except (MessageError, OverflowError) as error:
+            limit = self._experiment.server.max_update_norm
+            raise MessageError(
+                f"round {self.round}, update of client {client} refused: {error} "
+                f"(server.max_update_norm = {limit:g})"
+            ) from None
+
+    def partial(self) -> bytes:
+        """All that it has received, as safetensors: exact sums, and what a method must keep."""
+        header = self._header() | {"kinds": self.total.kinds, "clients": self.clients}
+        tensors = {name: t.contiguous() for name, t in self.total.tensors().items()}
+        return safetensors.torch.save(tensors, {"fedlpp": json.dumps(header)})
+
+    def merge(self, partial: bytes) -> list[int]:
+        """Add what another aggregator of the same opening has received.
+
+        The sender is a party of the server's own: that its sums are made of updates within
+        `server.max_update_norm` is for it to say.
+
+        Returns:
+            Its clients, sorted.
+
+        Raises:
+            MessageError: it is of another round, or holds a client that is not in the cohort or has
+                returned, or is no such message. Nothing has changed.
+        """
+        try:
+            return self._merge(partial)
+        except (MessageError, ValueError) as error:
+            raise MessageError(f"round {self.round}, partial result refused: {error}") from None
+
+    def _merge(self, partial: bytes) -> list[int]:
+        kinds = ["idle", "mean"] if self._wire.method.direction is None else []
+        kinds += ["products"] if self.total.plan.summed() else []
+        listing, header = read_listing(partial, self.total.parts(kinds, self._cohort))
+        if not isinstance(header, dict):
+            raise MessageError("the header is no object")
+        kinds, clients = _strings(header.pop("kinds", None)), header.pop("clients", None)
+        check_header(header, self._header())
+        known = isinstance(clients, list) and all(type(c) is int for c in clients)
+        if not known or clients != sorted(set(clients) & self._cohort.keys()):
+            raise MessageError("its clients are not of the cohort, each once and in order")
+        parts = self.total.parts(kinds, clients)
+        check_listing(listing, parts)
+        tensors = load(partial, parts)
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
+        weights = {client: self._weight(self._cohort[client]) for client in clients}
+        self.total.absorb(tensors, weights, lambda client: self._of(self._cohort[client]))
+        return list(clients)
+
+    def _header(self) -> dict[str, object]:
+        """By which the messages of two openings differ."""
+        cohort = [(a.client, a.started, a.weight) for a in self._opening.cohort]
+        return {
+            "format": PARTIAL_VERSION,
+            "kind": "partial",
+            "round": self.round,
+            "cohort": hashlib.sha256(json.dumps(sorted(cohort)).encode()).hexdigest(),
+            "schema": schema_digest(self._opening.schema),
+        }
+
+    def _check_opening(self) -> None:
+        cohort, made_in = self._opening.cohort, self._experiment.downlink.made_in
+        if len(self._cohort) != len(cohort):
+            raise ValueError("the cohort has a client twice")
+        low, high = _WEIGHTS
+        for each in cohort:
+            if not low <= each.weight <= high:
+                raise ValueError(f"client {each.client}: weight {each.weight}; allowed: 1e-6 to 1")
+            if made_in(each.started) not in self._opening.broadcasts:
+                raise ValueError(
+                    f"client {each.client}: the broadcast of round {each.started} is missing"
+                )
+        if len({tuple(self._wire.trained(each.started).items()) for each in cohort}) > 1:
+            name = self._experiment.server.aggregation
+            raise ValueError(
+                f"server.aggregation '{name}' trains other parts from round to round, and the "
+                "cohort's clients started in different ones"
+            )
+
+    def _weight(self, assignment: Assignment) -> float:
+        by_examples = self._experiment.server.weighting == "examples"
+        return assignment.weight * (self._opening.examples[assignment.client] if by_examples else 1)
+
+    def _read(self, assignment: Assignment, payload: bytes) -> Return:
+        client, started = assignment.client, assignment.started
+        lora, limit = self._experiment.lora, self._experiment.server.max_update_norm
+        expected = Envelope("update", started, client, self._opening.examples[client])
+        schema = self._wire.update(started, lora.rank_of(client))
+        state = decode(payload, expected, schema, self._wire.uplink, max_norm=limit)
+        received = self._of(assignment)
+        state = self._wire.rotate(started, self._wire.masks.settle(state, received), back=True)
+        return Return(received, pad(state, lora.rank), self._weight(assignment))
+
+    def _of(self, assignment: Assignment) -> State:
+        """D_i."""
+        return self._received(assignment.started, edition(self._experiment, assignment.client))
+
+    def _received(self, started: int, key: int) -> State:
+        """What readers of an edition have decoded, at the server's rank; what never travels, as is.
+
+        Decoded once, unless it has one reader. A residual that was not sent is not in it.
+        """
+        made = self._experiment.downlink.made_in(started)
+        if (made, key) in self._decoded:
+            return self._decoded[made, key]
+        schema = self._wire.broadcast(self._wire.rank(key))
+        expected = self._wire.envelope(made, key)
+        payload = self._opening.broadcasts[made][key]
+        state = decode(payload, expected, schema, self._wire.downlink)
+        state = self._wire.rotate(made, fill(state, state), back=True)
+        state = self._opening.unsent | pad(state, self._experiment.lora.rank)
+        if not self._experiment.downlink.client_mask:
+            self._decoded[made, key] = state
+        return state
+
+
+def _strings(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise MessageError("the header's kinds are not a list of names")
+    return value
