@@ -3,9 +3,9 @@
     python -m benchmarks.federation
 
 The default experiment runs its usual rounds, each evaluated. A round's wall time is split in client
-compute (that of the busiest actor), communication (what is left of the training phase: object
-store, scheduling, pickling), broadcast (encoding), aggregation (decoding and folding) and
-evaluation. Start-up is from the reservation to the first round. Read the shares.
+compute (that of the busiest actor) and overhead (what it and the evaluation at an actor leave of
+the round: object store, scheduling, waiting for the server). A round is evaluated while the next
+one trains. Start-up is from the reservation to the first round. Read the shares.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.runtime import RayBackend, connect, reserve
 from fedlpp_ray.train import DEFAULT
 
-PHASES = ("client_compute", "communication", "broadcast", "aggregate", "evaluate")
-OVERHEAD = ("communication", "broadcast", "aggregate")
+PHASES = ("client_compute", "overhead", "broadcast", "train", "aggregate", "evaluate")
 
 
 def measure(experiment: Experiment) -> dict[str, Any]:
@@ -41,13 +40,13 @@ def measure(experiment: Experiment) -> dict[str, Any]:
             start_up = time.perf_counter() - start
             history = list(Federation(experiment, backend).run())
             memory = {"driver": _peak_megabytes()}
-            memory["server actor"] = _peak_of(backend.server)
-            for number, host in enumerate(backend.hosts):
-                memory[f"client actor {number}"] = _peak_of(host)
+            memory["server actor"] = _peak_of(backend.server.actor)
+            for number, host in enumerate(backend.pool.slots):
+                memory[f"client actor {number}"] = _peak_of(host.actor)
     seconds = {
         phase: median(record.seconds[phase] for record in history) for phase in (*PHASES, "total")
     }
-    overhead = sum(seconds[phase] for phase in OVERHEAD) / seconds["total"]
+    overhead = seconds["overhead"] / seconds["total"]
     return {"seconds": seconds, "overhead": overhead, "start_up": start_up, "memory": memory}
 
 

@@ -17,7 +17,9 @@ from fedlpp_ray.state import state_digest
 
 TERMS = 64
 SCHEMA = {"x": (3,)}
-VALUES = st.floats(-(2.0**43), 2.0**43) | st.floats(-1e-3, 1e-3) | st.sampled_from([0.0, -0.0, 5e-324])
+VALUES = (
+    st.floats(-(2.0**43), 2.0**43) | st.floats(-1e-3, 1e-3) | st.sampled_from([0.0, -0.0, 5e-324])
+)
 """LIMIT / TERMS is 2^44."""
 STATES = st.lists(st.lists(VALUES, min_size=3, max_size=3), min_size=1, max_size=12)
 
@@ -69,7 +71,9 @@ def test_a_sum_is_that_of_rationals(rows: list[list[float]], weight: float) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), min_size=1, max_size=12)
+    rows=st.lists(
+        st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), min_size=1, max_size=12
+    )
 )
 def test_fp32_states_and_counts_are_summed_as_fsum_does(rows: list[list[float]]) -> None:
     """Correctly rounded, but for values below 2^-10, each of which is off by at most 2^-63."""

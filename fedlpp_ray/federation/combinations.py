@@ -151,7 +151,8 @@ def _check_stale(experiment: Experiment, method: Method) -> None:
     """Refuse what an update relative to an earlier broadcast would make wrong."""
     name, every = experiment.server.aggregation, experiment.downlink.every
     rounds, made = range(1, experiment.federation.rounds + 1), experiment.downlink.made_in
-    if every == 1:
+    buffered = experiment.federation.mode == "fedbuff"
+    if every == 1 and not buffered:
         return
     reasons = {
         f"server.rule '{experiment.server.rule}' goes back to the broadcast, and with it to before "
@@ -162,10 +163,26 @@ def _check_stale(experiment: Experiment, method: Method) -> None:
         ),
         f"server.aggregation '{name}' trains other parts from round to round, each given what the "
         "round before made of the others, which a broadcast in force for longer does not have": (
-            any(method.trained(round) != method.trained(made(round)) for round in rounds)
+            any(
+                method.trained(round) != method.trained(1 if buffered else made(round))
+                for round in rounds
+            )
         ),
     }
-    _refuse(f"downlink.every = {every}", reasons)
+    if buffered:
+        reasons |= {
+            "downlink.every above 1 leaves the last broadcast in force, and a client starts from "
+            "the newest state": every > 1,
+            "downlink.client_mask gives every client a message of its own": bool(
+                experiment.downlink.client_mask
+            ),
+            "client.scaffold moves the server's variate by a cohort that started together": (
+                experiment.client.scaffold
+            ),
+            "federation.sampling 'examples' is of whole cohorts": experiment.federation.sampling
+            != "uniform",
+        }
+    _refuse("federation.mode 'fedbuff'" if buffered else f"downlink.every = {every}", reasons)
 
 
 def _check_masks(experiment: Experiment, method: Method) -> None:

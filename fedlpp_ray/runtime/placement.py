@@ -85,7 +85,8 @@ def check_fits(needed: list[Bundle]) -> None:
         raise PlacementError(
             f"the run requires {len(clients)} client actors with {in_words(clients[0])} each; "
             f"beside the server the cluster's nodes and GPUs have room for {max(room, 0)} (an "
-            f"actor takes all of its bundle from one node, and a share of a GPU from one GPU). {_ADVICE}"
+            "actor takes all of its bundle from one node, and a share of a GPU from one GPU). "
+            f"{_ADVICE}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import EVALUATED, RoundRecord
+from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
 from fedlpp_ray.messages import total_bytes
 from fedlpp_ray.tasks import MEASURES, TEXT_MEASURES, UTILITY
 
@@ -17,10 +17,11 @@ TOTAL_BYTES = "bytes/total"
 ROUND = "round"
 SERVER_UTILITY = f"server/{UTILITY}"
 _NOT_MEASURED = ("examples",)
-_PHASES = ("broadcast", "train", "aggregate", "evaluate", "client_compute", "communication")
+_PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_compute", "overhead")
 _FLOORS = ("floor_base", "floor_local_only")
 _OF_ANY_TASK = (
-    *(f"seconds/{phase}" for phase in (*_PHASES, "total", "run")),
+    *(f"seconds/{phase}" for phase in (*_PHASES, "total", "simulated", "run")),
+    *(f"clients/{count}" for count in ("folded", *FAULTS, "staleness")),
     *("bytes/down", "bytes/up", TOTAL_BYTES),
     *("floor", "strongest_client", PROTECTION, "train/loss", ROUND),
 )
@@ -57,7 +58,14 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     if record.evaluation is not None:
         for model in EVALUATED:
             metrics |= _prefixed(model, getattr(record.evaluation, model) or {})
-    metrics["train/loss"] = sum(record.loss) / len(record.loss)
+    folded = record.folded
+    if folded:
+        metrics["train/loss"] = sum(record.loss) / len(folded)
+        metrics["clients/staleness"] = sum(c.staleness for c in folded) / len(folded)
+    faults = Counter(client.fault.kind for client in record.clients if client.fault)
+    metrics |= _prefixed(
+        "clients", {"folded": len(folded)} | {kind: faults[kind] for kind in FAULTS}
+    )
     totals = total_bytes(transfer for past in history for transfer in past.ledger)
     metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
     return metrics | _prefixed("seconds", record.seconds) | {ROUND: record.round}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ def round_line(record: RoundRecord, total: int) -> str:
         measured = {model: getattr(record.evaluation, model) for model in EVALUATED}
         parts += [f"{name} {found[UTILITY]:.3f}" for name, found in measured.items() if found]
     parts.append(f"down {sent / 1e3:.0f} kB  up {received / 1e3:.0f} kB")
+    faults = Counter(client.fault.kind for client in record.clients if client.fault)
+    parts += [f"{count} {kind}" for kind, count in faults.items()]
     parts.append(f"{record.seconds['total']:.1f} s")
     return "  ".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_fedbuff_keeps_as_many_in_training_and_forgets_no_broadcast_in_use() -> 
     config = experiment().with_values(FEDBUFF | {"federation.buffer": 3, "simulation.dropout": 0.1})
     found = plans(config)
     clock = 0.0
-    for plan, following in zip(found, found[1:], strict=False):
+    for plan, following in pairwise(found):
         clients = [each.client for each in plan.cohort]
         assert len(set(clients)) == 3
         assert clients == sorted(clients)
@@ -131,7 +132,7 @@ def test_a_client_is_in_one_training_at_a_time() -> None:
         for started, end in rounds:
             # It began when its broadcast was there, and before the next one was.
             assert ends[started - 1] <= end - duration(config, client) + 1e-6 or started == 1
-        for (_, end), (started, _) in zip(rounds, rounds[1:], strict=False):
+        for (_, end), (started, _) in pairwise(rounds):
             assert ends[started - 1] >= end - 1e-6
 
 
