@@ -46,8 +46,8 @@ class Backend(Protocol):
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
-        """Take back the state of an `adapter`."""
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest."""
 
 
 class Federation:

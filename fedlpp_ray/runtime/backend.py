@@ -150,9 +150,9 @@ class RayBackend:
         """The server's state as the files of a PEFT adapter."""
         return _get(self.server, "adapter")  # type: ignore[no-any-return]
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
-        """Take back the state of an `adapter`."""
-        _get(self.server, "restore", adapter)
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest."""
+        return _get(self.server, "restore", adapter)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End the actors."""

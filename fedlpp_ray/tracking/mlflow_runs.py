@@ -24,8 +24,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from fedlpp_ray.config import flat_config
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.tracking.metrics import ROUND, flat_config
+from fedlpp_ray.tracking.metrics import ROUND
 
 SWEEP_TAG, TRIAL_TAG = "fedlpp.sweep", "fedlpp.trial"
 UI = "http://127.0.0.1:5000"
