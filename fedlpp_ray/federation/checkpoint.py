@@ -76,9 +76,19 @@ def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def read_adapter(folder: Path) -> dict[str, bytes]:
-    """The adapter's files of a checkpoint, by name."""
-    return _inside(ADAPTER, read_folder(folder))
+def trained(folder: RunFolder) -> dict[str, bytes]:
+    """The files of the adapter after the last finished round.
+
+    Raises:
+        CheckpointError: the folder has no checkpoint.
+    """
+    from fedlpp_ray.federation.solo import TRAINING  # takes seconds
+
+    latest = folder.latest()
+    if latest is None:
+        raise CheckpointError(f"{folder.path}: has no checkpoint, so no adapter")
+    files = _inside(ADAPTER, read_folder(latest))
+    return {name: content for name, content in files.items() if name != TRAINING}
 
 
 def _files(federation: Federation) -> dict[str, bytes]:

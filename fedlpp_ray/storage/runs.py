@@ -51,9 +51,10 @@ class RunFolder:
             UserError: saying how to go on with that run, or start another.
         """
         if self.rounds or (self.path / RESULT).exists():
-            held = f"{self.rounds} finished rounds" if self.rounds else "the result"
+            rounds = f"{self.rounds} finished round{'s' if self.rounds > 1 else ''}"
             raise UserError(
-                f"{self.path} holds {held} of a run already: --resume goes on with it, "
+                f"{self.path} holds {rounds if self.rounds else 'the result'} of a run already: "
+                "--resume goes on with it, "
                 "--output DIR starts anew in another folder"
             )
 
