@@ -51,7 +51,9 @@ def check_same(there: Experiment, here: Experiment, where: str) -> None:
     ]
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        raise ConfigError(f"{where} is of another experiment: {'; '.join(differing[:_SHOWN])}{more}")
+        raise ConfigError(
+            f"{where} is of another experiment: {'; '.join(differing[:_SHOWN])}{more}"
+        )
 
 
 def _decisive(experiment: Experiment) -> dict[str, Any]:
