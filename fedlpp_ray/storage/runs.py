@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedlpp_ray.config import Experiment, check_same, load_experiment
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.storage.whole import ASIDE, DamagedError, read_folder, sync_folder, write_file
+from fedlpp_ray.storage.whole import ASIDE, DamagedError, read_folder, sync, write_file
 
 EXPERIMENT = "experiment.yaml"
 """The experiment, in each checkpoint."""
@@ -81,8 +81,8 @@ class RunFolder:
         """
         if not self._checkpoints.exists():
             self._checkpoints.mkdir(parents=True)
-            sync_folder(self.path)
-            sync_folder(self.path.parent)
+            sync(self.path)
+            sync(self.path.parent)
         for leftover in self._checkpoints.glob(f"*{ASIDE}"):
             shutil.rmtree(leftover)
         target = self._checkpoints / f"round-{round:06d}"
@@ -92,7 +92,7 @@ class RunFolder:
         if target.exists():  # a damaged one, which the run did not go on from
             self._drop(target)
         os.replace(aside, target)
-        sync_folder(self._checkpoints)
+        sync(self._checkpoints)
         for old in self._saved()[:-KEPT]:
             self._drop(old)
 

@@ -29,9 +29,10 @@ class DamagedError(CheckpointError):
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file at once: after a crash it has the old content or the new."""
     aside = path.with_name(path.name + ASIDE)
-    _write(aside, content)
+    aside.write_bytes(content)
+    sync(aside)
     os.replace(aside, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -44,9 +45,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     for name in {name.rpartition("/")[0] for name in files} - {""}:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _write(folder / name, content)
-    for inner in {(folder / name).parent for name in files} - {folder}:
-        sync_folder(inner)
+        (folder / name).write_bytes(content)
+    # Only now: what the system has begun to write by itself need not be waited for one by one.
+    for path in [*map(folder.joinpath, files), *{(folder / n).parent for n in files} - {folder}]:
+        sync(path)
     listed = {name: {"bytes": len(c), "sha256": _sha256(c)} for name, c in files.items()}
     manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1)
     write_file(folder / MANIFEST, manifest.encode())
@@ -74,20 +76,13 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
