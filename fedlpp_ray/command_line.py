@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 from rich.console import Console
 
@@ -25,6 +29,35 @@ def run_command(command: Callable[[], int], console: Console) -> int:
         reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
         console.print(f"error: {reason}", style="red", markup=False)
         return BAD_INPUT
+
+
+class StopSignal:
+    """Has SIGTERM stop the block as Ctrl-C does, by KeyboardInterrupt.
+
+    Attributes:
+        status: The exit status that tells which of them it was: 130 or 143.
+    """
+
+    def __init__(self) -> None:
+        self.status = 128 + signal.SIGINT
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGTERM)
+        self.listen()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def listen(self) -> None:
+        """Take the signal (again: a library may have taken it over)."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.status = 128 + number
+        raise KeyboardInterrupt
 
 
 def check_writable_file(option: str, path: Path) -> None:

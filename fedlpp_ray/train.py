@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedlpp_ray.command_line import check_writable_file, check_writable_folder, run_command
-from fedlpp_ray.config import Experiment, load_experiment
+from fedlpp_ray.command_line import (
+    StopSignal,
+    check_writable_file,
+    check_writable_folder,
+    run_command,
+)
+from fedlpp_ray.config import Experiment, fingerprint, load_experiment
+from fedlpp_ray.storage import RunFolder
+from fedlpp_ray.storage.runs import RESULT
+
+if TYPE_CHECKING:
+    from fedlpp_ray.tracking.run_log import RunLog
 
 DEFAULT = "configs/trec_minilm.yaml"
+RESULTS = Path("results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 130 or 143 after Ctrl-C or SIGTERM."""
     options = _parser().parse_intermixed_args(arguments)
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     return run_command(lambda: _train(options, console), console)
 
 
@@ -28,12 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fedlpp_ray.train",
         description="One federated LoRA run: rounds of quantized broadcast, local training and "
-        "aggregation; then the floor and the protection.",
+        "aggregation; then the floor and the protection. Each round leaves a checkpoint.",
     )
     parser.add_argument("config", nargs="?", default=DEFAULT, help=f"YAML; default {DEFAULT}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. lora.rank=4")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for checkpoints and result.json; default results/CONFIG-DIGEST",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished round")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="save the server's adapter")
+    parser.add_argument("--tracking-uri", metavar="URI", help="log to MLflow; default: not at all")
     parser.add_argument("--in-process", action="store_true", help="one process, without Ray")
     return parser
 
@@ -44,44 +66,113 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         check_writable_file("--json", options.json)
     if options.adapter:
         check_writable_folder("--adapter", options.adapter)
-    console.print(f"{options.config}: preparing ...", highlight=False)
-    # These take seconds to import; a wrong configuration is refused before.
-    from fedlpp_ray.federation import Federation, checkpoint, preflight
-    from fedlpp_ray.federation.results import result, to_json
-    from fedlpp_ray.federation.solo import TRAINING
-    from fedlpp_ray.tracking.progress import protection_lines, show_rounds
-
-    preflight.check([experiment])
-    with _backend(experiment, in_process=options.in_process) as backend:
-        federation = Federation(experiment, backend)
-        for _ in show_rounds(federation.run(), experiment.federation.rounds, console):
-            pass
-        outcome = result(experiment, federation.history, backend.measure_floor())
-        if options.adapter:
-            files = {k: v for k, v in backend.adapter().items() if k != TRAINING}
-            checkpoint.write_adapter(files, options.adapter)
-    if options.json:
-        options.json.write_text(to_json(outcome) + "\n", encoding="utf-8")
-    for line in protection_lines(outcome):
-        console.print(line, highlight=False)
+    name = f"{Path(options.config).stem}-{fingerprint(experiment)[:8]}"
+    folder = RunFolder(options.output or RESULTS / name, experiment)
+    check_writable_folder("--output", folder.path)
+    if not options.resume:
+        folder.check_new()
+    with folder.locked(), StopSignal() as stop:
+        try:
+            _Command(options, experiment, folder, stop, console).finish()
+        except KeyboardInterrupt:
+            console.print(
+                f"stopped; {folder.path} holds {folder.rounds} of {experiment.federation.rounds} "
+                "rounds: the same command with --resume goes on"
+            )
+            return stop.status
     return 0
 
 
-@contextmanager
-def _backend(experiment: Experiment, *, in_process: bool) -> Iterator[Any]:
-    if in_process:
-        from fedlpp_ray.federation import in_process as here
+@dataclass(frozen=True)
+class _Command:
+    """What one command was asked for, and where it says so."""
 
-        yield here.in_process(experiment)
-        return
-    from fedlpp_ray.runtime import connect, ray_backend, reserve
+    options: argparse.Namespace
+    experiment: Experiment
+    folder: RunFolder
+    stop: StopSignal
+    console: Console
 
-    with (
-        connect(),
-        reserve(experiment) as group,
-        closing(ray_backend(experiment, group)) as backend,
-    ):
-        yield backend
+    def finish(self) -> None:
+        """Run what is left to run, then show the result."""
+        text = self.folder.result()
+        previous = None if text else self.folder.latest()
+        if self.options.resume:
+            self._say_where(previous, finished=text is not None)
+        log = _log(self.options.tracking_uri, self.experiment, self.folder)
+        with log.open() if log else nullcontext():
+            if text is None:
+                text = self._run(previous, log)
+                self.folder.write_result(text)
+            outcome = json.loads(text)
+            if log:
+                log.finish(outcome)
+        self._deliver(text, outcome)
+
+    def _say_where(self, previous: Path | None, *, finished: bool) -> None:
+        where = f"going on after {previous.name}" if previous else "nothing to go on with: starting"
+        self.console.print(f"{self.folder.path}: {'finished' if finished else where}")
+
+    def _run(self, previous: Path | None, log: RunLog | None) -> str:
+        """The rounds that are left, and the floor; returns the result as a JSON text."""
+        self.console.print(f"{self.options.config}: preparing ...")
+        # These take seconds to import; a wrong configuration is refused before.
+        from fedlpp_ray.federation import Federation, checkpoint, preflight
+        from fedlpp_ray.federation.results import result, to_json
+        from fedlpp_ray.tracking.progress import show_rounds
+
+        preflight.check([self.experiment])
+        total = self.experiment.federation.rounds
+        with self._backend() as backend:
+            federation = Federation(self.experiment, backend)
+            if previous:
+                checkpoint.restore(federation, previous)
+            rounds = checkpoint.checkpointed(federation, self.folder)
+            for _ in show_rounds(rounds, total, self.console):
+                if log:
+                    log.rounds(federation.history)
+            outcome = result(self.experiment, federation.history, backend.measure_floor())
+        return to_json(outcome) + "\n"
+
+    @contextmanager
+    def _backend(self) -> Iterator[Any]:
+        if self.options.in_process:
+            from fedlpp_ray.federation import in_process as here
+
+            yield here.in_process(self.experiment)
+            return
+        from fedlpp_ray.runtime import connect, ray_backend, reserve
+
+        with connect():
+            self.stop.listen()  # Ray has put a handler of its own in place
+            with (
+                reserve(self.experiment) as group,
+                closing(ray_backend(self.experiment, group)) as backend,
+            ):
+                yield backend
+
+    def _deliver(self, text: str, outcome: dict[str, Any]) -> None:
+        """Put the parts of a finished run where they were asked for, and show it."""
+        from fedlpp_ray.tracking.progress import protection_lines
+
+        if self.options.json:
+            self.options.json.write_text(text, encoding="utf-8")
+        if self.options.adapter:
+            from fedlpp_ray.federation import checkpoint
+
+            checkpoint.write_adapter(checkpoint.trained(self.folder), self.options.adapter)
+        for line in protection_lines(outcome):
+            self.console.print(line)
+        self.console.print(f"result    {self.folder.path / RESULT}")
+
+
+def _log(uri: str | None, experiment: Experiment, folder: RunFolder) -> RunLog | None:
+    if uri is None:
+        return None
+    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
+    from fedlpp_ray.tracking.run_log import RunLog
+
+    return RunLog(uri, experiment, folder)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def test_train_in_process_and_in_ray_write_the_same_result(
 ) -> None:
     outcomes = []
     for name, flags in (("a", ["--in-process"]), ("b", ["--adapter", "adapter"])):
-        done = command(project, "train", "tiny.yaml", "lora.rank=2", "--json", name, *flags)
+        output = ["--json", name, "--output", f"out-{name}"]
+        done = command(project, "train", "tiny.yaml", "lora.rank=2", *output, *flags)
         assert done.returncode == 0, done.stderr
         assert "round 2/2" in done.stderr
         assert "protection" in done.stderr
@@ -96,12 +97,13 @@ def test_every_shipped_method_runs_from_the_command_line(
         small["model.name"] = tiny.make_model(tmp_path / "deep", layers=4)
         small |= {"task.max_length": 12, "server.examples": 40, "emulator.steps": 2}
     overrides = [f"{key}={value}" for key, value in small.items()]
-    output = tmp_path / "out.json"
-    assert train.main([str(path), *overrides, "--in-process", "--json", str(output)]) == 0
+    output = tmp_path / "out"
+    assert train.main([str(path), *overrides, "--in-process", "--output", str(output)]) == 0
     shown = capsys.readouterr().err
     assert "round 2/2" in shown
     assert "protection" in shown
-    without = [record["server"] is None for record in json.loads(output.read_text())["history"]]
+    outcome = json.loads((output / "result.json").read_text())
+    without = [record["server"] is None for record in outcome["history"]]
     assert without == [path.stem in ("fedsa_lora", "local_only")] * 2
 
 

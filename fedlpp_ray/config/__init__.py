@@ -2,6 +2,7 @@
 
 from fedlpp_ray.config.errors import ConfigError
 from fedlpp_ray.config.files import dump_experiment, load_experiment, parse_overrides
+from fedlpp_ray.config.identity import check_same, fingerprint, flat_config
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
 from fedlpp_ray.config.parties import ClientConfig, FederationConfig, ServerConfig
@@ -30,7 +31,10 @@ __all__ = [
     "ServerConfig",
     "TaskConfig",
     "UplinkConfig",
+    "check_same",
     "dump_experiment",
+    "fingerprint",
+    "flat_config",
     "load_experiment",
     "parse_overrides",
 ]

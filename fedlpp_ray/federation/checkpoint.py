@@ -1,6 +1,6 @@
 """A run on disk: the server's adapter, what clients keep, the history and the experiment.
 
-Where `downlink.every` leaves a broadcast in force, its messages too; the history says who has it.
+Where later rounds still train from a broadcast (`downlink.every`, fedbuff), its messages too.
 
 Everything random in a run is derived from the seed and the round, so this is the whole state: a
 restored run goes on with the same bits.
@@ -9,77 +9,141 @@ restored run goes on with the same bits.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from fedlpp_ray.config import ConfigError, dump_experiment, load_experiment
-from fedlpp_ray.federation.loop import Federation
+from fedlpp_ray.config import check_same, dump_experiment, load_experiment
+from fedlpp_ray.federation.loop import Federation, Snapshot
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.recovery import finished_rounds
+from fedlpp_ray.storage import CheckpointError, RunFolder, read_folder, write_folder
+from fedlpp_ray.storage.runs import EXPERIMENT
 
-EXPERIMENT, HISTORY, ADAPTER = "experiment.yaml", "history.json", "adapter"
-CLIENTS, BROADCAST = "clients", "broadcast"
+HISTORY, ADAPTER = "history.json", "adapter"
+CLIENTS, BROADCASTS = "clients", "broadcasts"
+_UNDEFINED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Numbers that JSON does not have, as a history writes them: strings."""
 
 
 def save(federation: Federation, folder: Path) -> None:
-    """Write the run into an existing, empty folder.
-
-    The history comes last and by renaming: a folder that has it is whole.
-    """
-    write_adapter(federation.backend.adapter(), folder / ADAPTER)
-    _write_messages(federation._memories, folder / CLIENTS)
-    following = len(federation.history) + 1
-    if federation.experiment.downlink.made_in(following) < following:
-        _write_messages(federation._broadcasts, folder / BROADCAST)
-    text = dump_experiment(
-        federation.experiment,
-        "The experiment of this run",
-        f"python -m fedlpp_ray.train {EXPERIMENT}",
-    )
-    (folder / EXPERIMENT).write_text(text, encoding="utf-8")
-    aside = folder / f"{HISTORY}.part"
-    history = [record.to_dict() for record in federation.history]
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(history, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(folder / HISTORY)
+    """Write the run into an existing, empty folder, which is whole once its manifest is there."""
+    write_folder(folder, _files(federation))
 
 
 def restore(federation: Federation, folder: Path) -> None:
     """Continue `federation` from what `save` wrote.
 
     Raises:
-        ConfigError: the checkpoint is of another experiment.
+        DamagedError: the checkpoint is not whole.
+        CheckpointError: another version of the format wrote it, or it does not fit.
+        ConfigError: it is of another experiment; the message names the difference.
     """
-    if load_experiment(folder / EXPERIMENT) != federation.experiment:
-        raise ConfigError(f"{folder}: this checkpoint is of another experiment")
-    files = {path.name: path.read_bytes() for path in (folder / ADAPTER).iterdir()}
-    federation.backend.restore(files)
-    federation._memories = _read_messages(folder / CLIENTS)
-    federation._broadcasts = _read_messages(folder / BROADCAST)
-    federation.history = read_history(folder)
+    files = read_folder(folder)
+    check_same(load_experiment(folder / EXPERIMENT), federation.experiment, str(folder))
+    try:
+        federation.restore(_snapshot(files))
+    except ValueError as error:
+        reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
+        raise CheckpointError(f"{folder}: {reason}") from error
+
+
+def checkpointed(federation: Federation, folder: RunFolder) -> Iterator[RoundRecord]:
+    """The rounds that remain, each yielded once its checkpoint is on the disk."""
+    for record in finished_rounds(federation):
+        folder.save(record.round, lambda empty: save(federation, empty))
+        yield record
 
 
 def read_history(folder: Path) -> list[RoundRecord]:
     """The finished rounds of a checkpoint."""
-    records = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
-    return [RoundRecord.from_dict(record) for record in records]
+    return _history((folder / HISTORY).read_bytes())
 
 
-def write_adapter(files: dict[str, bytes], folder: Path) -> None:
+def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
     """Write an adapter's files into `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
-def _write_messages(messages: Mapping[int, bytes], folder: Path) -> None:
-    """One file a message, in a folder that is made where there is any."""
-    for key, content in messages.items():
-        folder.mkdir(exist_ok=True)
-        (folder / f"{key}.safetensors").write_bytes(content)
+def trained(folder: RunFolder) -> dict[str, bytes]:
+    """The files of the adapter after the last finished round.
+
+    Raises:
+        CheckpointError: the folder has no checkpoint.
+    """
+    from fedlpp_ray.federation.solo import TRAINING  # takes seconds
+
+    latest = folder.latest()
+    if latest is None:
+        raise CheckpointError(f"{folder.path}: has no checkpoint, so no adapter")
+    files = _inside(ADAPTER, read_folder(latest))
+    return {name: content for name, content in files.items() if name != TRAINING}
 
 
-def _read_messages(folder: Path) -> dict[int, bytes]:
-    return {int(path.stem): path.read_bytes() for path in folder.glob("*.safetensors")}
+def _files(federation: Federation) -> dict[str, bytes]:
+    experiment = dump_experiment(
+        federation.experiment,
+        "The experiment of this run",
+        f"python -m fedlpp_ray.train {EXPERIMENT}",
+    )
+    snapshot = federation.snapshot()
+    history = [_strict(record.to_dict()) for record in snapshot.history]
+    broadcasts = [_numbered(f"{BROADCASTS}/{m}", each) for m, each in snapshot.broadcasts.items()]
+    return {
+        EXPERIMENT: experiment.encode(),
+        HISTORY: json.dumps(history, allow_nan=False).encode(),
+        **{f"{ADAPTER}/{name}": x for name, x in (snapshot.adapter or {}).items()},
+        **_numbered(CLIENTS, snapshot.memories),
+        **{name: message for files in broadcasts for name, message in files.items()},
+    }
+
+
+def _snapshot(files: Mapping[str, bytes]) -> Snapshot:
+    made = {int(name.partition("/")[0]) for name in _inside(BROADCASTS, files)}
+    return Snapshot(
+        tuple(_history(files[HISTORY])),
+        _messages(CLIENTS, files),
+        {each: _messages(f"{BROADCASTS}/{each}", files) for each in made},
+        _inside(ADAPTER, files) or None,
+    )
+
+
+def _inside(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files in a folder, by their names there."""
+    start = f"{name}/"
+    return {key.removeprefix(start): x for key, x in files.items() if key.startswith(start)}
+
+
+def _numbered(name: str, messages: Mapping[int, bytes]) -> dict[str, bytes]:
+    return {f"{name}/{key}.safetensors": content for key, content in messages.items()}
+
+
+def _messages(name: str, files: Mapping[str, bytes]) -> dict[int, bytes]:
+    return {int(key.partition(".")[0]): x for key, x in _inside(name, files).items()}
+
+
+def _history(text: bytes) -> list[RoundRecord]:
+    return [RoundRecord.from_dict(_defined(record)) for record in json.loads(text)]
+
+
+def _strict(value: Any) -> Any:
+    """Plain values with the numbers that JSON lacks as their names."""
+    if isinstance(value, dict):
+        return {key: _strict(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _defined(value: Any) -> Any:
+    """The inverse of `_strict`."""
+    if isinstance(value, dict):
+        return {key: _defined(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_defined(x) for x in value]
+    return _UNDEFINED.get(value, value) if isinstance(value, str) else value

@@ -82,8 +82,8 @@ class Backend(Protocol):
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
-        """Take back the state of an `adapter`."""
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest."""
 
     def renew_server(self) -> None:
         """Put a new server, as it is made from the seed, in the place of one that was lost."""
@@ -125,6 +125,7 @@ class Federation:
         self.history: list[RoundRecord] = []
         self._memories: dict[int, bytes] = {}  # what clients keep
         self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
+        self._taken: Snapshot | None = None
         examples = backend.examples()
         self._download = backend.download()
         self._schedule = Schedule(experiment, examples)
@@ -157,17 +158,29 @@ class Federation:
     def snapshot(self) -> Snapshot:
         """The run after its last finished round: to be taken when that has been yielded."""
         following = len(self.history) + 1
-        kept = {made: b for made, b in self._broadcasts.items() if made < following}
-        adapter = self.backend.adapter() if self.history else None
-        return Snapshot(tuple(self.history), dict(self._memories), kept, adapter)
+        if self._taken is None or len(self._taken.history) + 1 != following:
+            kept = {made: b for made, b in self._broadcasts.items() if made < following}
+            adapter = self.backend.adapter() if self.history else None
+            self._taken = Snapshot(tuple(self.history), dict(self._memories), kept, adapter)
+        return self._taken
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot of the same experiment, with the same bits."""
+        """Go on from a snapshot of the same experiment, with the same bits.
+
+        Raises:
+            ValueError: the state that comes of it is not the recorded one.
+        """
         if snapshot.adapter is not None:
-            self.backend.restore(dict(snapshot.adapter))
+            last, digest = snapshot.history[-1], self.backend.restore(dict(snapshot.adapter))
+            if digest != last.digest:
+                raise ValueError(
+                    f"the state restored is not that after round {last.round}: its digest is "
+                    f"{digest}, recorded is {last.digest}"
+                )
         self.history = list(snapshot.history)
         self._memories = dict(snapshot.memories)
         self._broadcasts = dict(snapshot.broadcasts)
+        self._taken = snapshot
 
     def _put_in_force(self, round: int, clients: Sequence[int], clock: _Clock) -> None:
         """Have the broadcast made from which clients that start in a round train, if one is due."""

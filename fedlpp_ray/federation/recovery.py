@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from fedlpp_ray.federation.loop import Federation, ServerLost, Snapshot
+from fedlpp_ray.federation.loop import Federation, ServerLost
 from fedlpp_ray.federation.records import RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -14,14 +14,8 @@ LOSSES = 3
 """Losses in a row, without a round between them, that are made good."""
 
 
-def finished_rounds(
-    federation: Federation, renew: Callable[[], None]
-) -> Iterator[tuple[RoundRecord, Snapshot]]:
-    """The rounds that remain, each with the run as it is after it.
-
-    Args:
-        federation: What is run.
-        renew: Makes a new server.
+def finished_rounds(federation: Federation) -> Iterator[RoundRecord]:
+    """The rounds that remain, each yielded when a snapshot of it has been taken.
 
     Raises:
         ServerLost: time and again.
@@ -31,7 +25,7 @@ def finished_rounds(
         try:
             for record in federation.run():
                 snapshot, losses = federation.snapshot(), 0
-                yield record, snapshot
+                yield record
             return
         except ServerLost as error:
             losses += 1
@@ -39,5 +33,5 @@ def finished_rounds(
                 raise
             reason = str(error).partition("\n")[0]
             logger.warning("the server is made anew as it was after the last round: %s", reason)
-            renew()
+            federation.backend.renew_server()
             federation.restore(snapshot)

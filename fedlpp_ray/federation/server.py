@@ -265,8 +265,11 @@ class Server:
     def _emulator_digest(self) -> bytes:
         return hashlib.sha256(self._emulator or b"").hexdigest().encode()
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
+    def restore(self, adapter: dict[str, bytes]) -> str:
         """Take back the state of an `adapter`.
+
+        Returns:
+            Its digest.
 
         Raises:
             ValueError: it is an adapter of another model, rank or method.
@@ -285,3 +288,4 @@ class Server:
             self._optimizer.load_state_dict(safetensors.torch.load(adapter[OPTIMIZER]))
         if VARIATES in adapter:
             self._variates = safetensors.torch.load(adapter[VARIATES])
+        return state_digest(self._state)

@@ -134,14 +134,15 @@ class Solo:
         """The model as a PEFT adapter, and `training.pt`: what the optimizer remembers."""
         return adapter_files(self._model) | {TRAINING: self._training.save()}
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
-        """Take back the state of an `adapter`.
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest.
 
         Raises:
             ValueError: it is an adapter of another model or rank.
         """
         write_state(self._model, adapter_state(adapter, read_state(self._model)))
         self._training.load(adapter[TRAINING])
+        return state_digest(read_state(self._model))
 
     def renew_server(self) -> None:
         """Nothing to do: it is lost only with this process."""

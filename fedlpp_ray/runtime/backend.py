@@ -202,9 +202,9 @@ class RayBackend:
         """The server's state as the files of a PEFT adapter."""
         return self.server.ask("adapter")  # type: ignore[no-any-return]
 
-    def restore(self, adapter: dict[str, bytes]) -> None:
-        """Take back the state of an `adapter`."""
-        self.server.ask("restore", adapter)
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest."""
+        return self.server.ask("restore", adapter)  # type: ignore[no-any-return]
 
     def renew_server(self) -> None:
         """A new server; client actors drop what they were to do for the old one."""
@@ -283,7 +283,7 @@ class SoloActor:
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """Begin to measure the one model."""
         reference = self._server.send("evaluate", round, broadcast, memory)
-        return lambda: self._server.result(reference)  # type: ignore[no-any-return]
+        return lambda: self._server.result(reference)
 
     def renew_server(self) -> None:
         """A new actor."""

@@ -43,14 +43,14 @@ def run_trial(config: dict[str, Any], base: Experiment) -> None:
         if previous := tune.get_checkpoint():
             with previous.as_directory() as folder:
                 checkpoint.restore(federation, Path(folder))
-        for record, snapshot in finished_rounds(federation, backend.renew_server):
-            metrics, files = round_metrics(snapshot.history), {}
+        for record in finished_rounds(federation):
+            metrics, files = round_metrics(federation.history), {}
             if record.round == experiment.federation.rounds:
-                outcome = result(experiment, snapshot.history, backend.measure_floor())
+                outcome = result(experiment, federation.history, backend.measure_floor())
                 metrics |= final_metrics(outcome)
                 files[RESULT] = to_json(outcome)
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint.save(experiment, snapshot, Path(folder))
+                checkpoint.save(federation, Path(folder))
                 for name, text in files.items():
                     (Path(folder) / name).write_text(text, encoding="utf-8")
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -62,10 +62,9 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     if folded:
         metrics["train/loss"] = sum(record.loss) / len(folded)
         metrics["clients/staleness"] = sum(c.staleness for c in folded) / len(folded)
-    faults = Counter(client.fault.kind for client in record.clients if client.fault)
-    metrics |= _prefixed(
-        "clients", {"folded": len(folded)} | {kind: faults[kind] for kind in FAULTS}
-    )
+    faults: list[str] = [client.fault.kind for client in record.clients if client.fault]
+    counts = {"folded": len(folded)} | {kind: faults.count(kind) for kind in FAULTS}
+    metrics |= _prefixed("clients", counts)
     totals = total_bytes(transfer for past in history for transfer in past.ledger)
     metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
     return metrics | _prefixed("seconds", record.seconds) | {ROUND: record.round}
@@ -108,14 +107,3 @@ def short(value: Any) -> str:
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{key}": x for key, x in values.items() if key not in _NOT_MEASURED}
-
-
-def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys: `{"lora": {"rank": 4}}` to `{"lora.rank": 4}`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -24,8 +24,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from fedlpp_ray.config import flat_config
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.tracking.metrics import ROUND, flat_config
+from fedlpp_ray.tracking.metrics import ROUND
 
 SWEEP_TAG, TRIAL_TAG = "fedlpp.sweep", "fedlpp.trial"
 UI = "http://127.0.0.1:5000"
@@ -97,10 +98,24 @@ class Tracker:
 
         Undefined values are left out.
         """
-        step, now = int(metrics[ROUND]), int(time.time() * 1000)
+        step = int(metrics[ROUND])
         if step > self.last_round(run_id):
-            batch = [Metric(k, v, now, step) for k, v in metrics.items() if not math.isnan(v)]
-            self.client.log_batch(run_id, metrics=batch)
+            self._log(run_id, metrics, step)
+
+    def log_final(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """One batch of what only a finished run has; a run that has some of it is left alone."""
+        if not self.client.get_run(run_id).data.metrics.keys() & metrics.keys():
+            self._log(run_id, metrics, step)
+
+    def _log(self, run_id: str, metrics: Mapping[str, float | None], step: int) -> None:
+        """One batch; what is undefined (None in a result that was read) is left out."""
+        now = int(time.time() * 1000)
+        batch = [
+            Metric(key, value, now, step)
+            for key, value in metrics.items()
+            if value is not None and not math.isnan(value)
+        ]
+        self.client.log_batch(run_id, metrics=batch)
 
     def last_round(self, run_id: str) -> int:
         """The last round that was logged, or 0."""

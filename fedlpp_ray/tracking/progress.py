@@ -52,14 +52,19 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
     strongest, value, server = (protection[key] for key in ("strongest", "value", "server"))
     found = []
     if strongest is not None:
-        found.append(f"strongest client model  {strongest[1]:.3f} ({strongest[0]})")
+        found.append(f"strongest client model  {_shown(strongest[1])} ({strongest[0]})")
     if server is not None:
         found.append(f"server {server:.3f}")
     return [
-        f"floor     base {floor['base'][UTILITY]:.3f}  "
-        f"local-only {floor['local_only'][UTILITY]:.3f} (client {floor['client']}, "
+        f"floor     base {_shown(floor['base'][UTILITY])}  "
+        f"local-only {_shown(floor['local_only'][UTILITY])} (client {floor['client']}, "
         f"{floor['examples']} examples)",
         "  ".join(found),
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
     ]
+
+
+def _shown(value: float | None) -> str:
+    """A utility; in a result that was read back None is one that is not a number."""
+    return "nan" if value is None else f"{value:.3f}"

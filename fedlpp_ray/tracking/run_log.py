@@ -1,0 +1,102 @@
+"""One run of the command line in MLflow, as a sweep logs each of its trials.
+
+It is found again by a tag, so that a run that goes on continues its log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.storage import RunFolder
+from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
+from fedlpp_ray.tracking.mlflow_runs import Tracker
+
+EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
+ARTIFACTS = "mlartifacts"
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The MLflow run of a run's folder. A store that fails later costs the log, not the run.
+
+    Args:
+        uri: Tracking URI.
+        experiment: What is run.
+        folder: Its folder; where the store is SQLite, artifacts go beside it.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+
+    def __init__(self, uri: str, experiment: Experiment, folder: RunFolder) -> None:
+        self._folder = folder
+        self._tracker = Tracker(uri, EXPERIMENT_NAME, folder.path.parent / ARTIFACTS)
+        self._tags = {RUN_TAG: folder.run_id()}
+        self._config = experiment.model_dump(mode="json")
+        self._run_id = ""
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The run for the time of the block: what ends the block early is its status."""
+        self._try(self._open)
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._try(lambda: self._tracker.close(self._run(), "KILLED"))
+            raise
+        except BaseException:
+            self._try(lambda: self._tracker.close(self._run(), "FAILED"))
+            raise
+
+    def rounds(self, history: Sequence[RoundRecord]) -> None:
+        """Log the rounds that are not there yet, each in one batch at its own step."""
+        self._try(lambda: self._rounds(history))
+
+    def finish(self, outcome: Mapping[str, Any]) -> None:
+        """End the run of a result, with what only a finished run has, and with its files."""
+        self._try(lambda: self._finish(outcome))
+
+    def _open(self) -> None:
+        self._run_id = self._tracker.open(self._folder.path.name, self._config, self._tags)
+
+    def _run(self) -> str:
+        if not self._run_id:  # the store failed before
+            self._open()
+        return self._run_id
+
+    def _rounds(self, history: Sequence[RoundRecord]) -> None:
+        first = self._tracker.last_round(self._run()) + 1
+        for number in range(first, len(history) + 1):
+            self._tracker.log_round(self._run(), round_metrics(history[:number]))
+
+    def _finish(self, outcome: Mapping[str, Any]) -> None:
+        history = [RoundRecord.from_dict(record) for record in outcome["history"]]
+        self._rounds(history)
+        self._tracker.log_final(self._run(), final_metrics(outcome), history[-1].round)
+        self._tracker.client.log_artifact(self._run(), str(self._folder.path / RESULT))
+        if checkpoint := self._folder.latest():
+            self._log_files(checkpoint)
+        self._tracker.close(self._run(), "FINISHED")
+
+    def _log_files(self, checkpoint: Path) -> None:
+        """The adapter, and what repeats the run; what clients keep is not logged."""
+        for path in checkpoint.iterdir():
+            if path.name == "adapter":
+                self._tracker.client.log_artifacts(self._run(), str(path), path.name)
+            elif path.name in ("experiment.yaml", "history.json"):
+                self._tracker.client.log_artifact(self._run(), str(path))
+
+    @staticmethod
+    def _try(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.warning("not logged to MLflow: %s", error)
