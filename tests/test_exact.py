@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -17,7 +18,9 @@ from fedlpp_ray.state import state_digest
 
 TERMS = 64
 SCHEMA = {"x": (3,)}
-VALUES = st.floats(-(2.0**43), 2.0**43) | st.floats(-1e-3, 1e-3) | st.sampled_from([0.0, -0.0, 5e-324])
+VALUES = (
+    st.floats(-(2.0**43), 2.0**43) | st.floats(-1e-3, 1e-3) | st.sampled_from([0.0, -0.0, 5e-324])
+)
 """LIMIT / TERMS is 2^44."""
 STATES = st.lists(st.lists(VALUES, min_size=3, max_size=3), min_size=1, max_size=12)
 
@@ -45,7 +48,7 @@ def test_any_order_and_any_grouping_give_the_same_bits(
     shuffled = random.Random(seed).sample(rows, len(rows))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
     edges = [0, *cuts, len(rows)]
-    groups = [summed(shuffled[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [summed(shuffled[a:b]) for a, b in itertools.pairwise(edges)]
     random.Random(seed + 1).shuffle(groups)
     while len(groups) > 1:  # merged as a tree
         groups.append(groups.pop(0))
@@ -69,7 +72,9 @@ def test_a_sum_is_that_of_rationals(rows: list[list[float]], weight: float) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), min_size=1, max_size=12)
+    rows=st.lists(
+        st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), min_size=1, max_size=12
+    )
 )
 def test_fp32_states_and_counts_are_summed_as_fsum_does(rows: list[list[float]]) -> None:
     """Correctly rounded, but for values below 2^-10, each of which is off by at most 2^-63."""
@@ -148,5 +153,5 @@ def test_a_mean_survives_its_tensors_and_bad_ones_are_refused() -> None:
         "lo:x:x": torch.full((3,), -(2**63)),
         "hi:weight": torch.tensor([-1]),
     }.items():
-        with pytest.raises(ValueError, match="terms|positive"):
+        with pytest.raises(ValueError, match=r"terms|positive"):
             ExactMean.of(SCHEMA, TERMS, tensors | {name: value})
