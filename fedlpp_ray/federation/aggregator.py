@@ -21,6 +21,7 @@ from fedlpp_ray.federation.records import Assignment
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.messages import Envelope, MessageError, decode
 from fedlpp_ray.messages.checks import (
+    brief,
     check_finite,
     check_header,
     check_listing,
@@ -103,7 +104,7 @@ class Aggregator:
                 the client was to send. Nothing has changed.
         """
         if type(client) is not int or client not in self._cohort:
-            raise MessageError(f"round {self.round}: client {client!r:.50} is not in the cohort")
+            raise MessageError(f"round {self.round}: {brief(client)} is no client of the cohort")
         if client in self.total.clients:
             raise MessageError(f"round {self.round}: client {client} has returned before")
         try:

@@ -69,7 +69,7 @@ def read_listing(payload: Any, largest: Parts) -> tuple[dict[str, Any], Any]:
         listing = _read_json(payload[8 : 8 + length].decode())
         return listing, _read_json(listing.pop("__metadata__")["fedlpp"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MessageError(f"no readable header: {_brief(error)}") from None
+        raise MessageError(f"no readable header: {brief(error)}") from None
 
 
 def check_listing(listing: Mapping[str, Any], parts: Parts) -> None:
@@ -80,14 +80,14 @@ def check_listing(listing: Mapping[str, Any], parts: Parts) -> None:
     """
     if listing.keys() != parts.keys():
         different = sorted(listing.keys() ^ parts.keys())[:5]
-        names = ", ".join(name if name in parts else _brief(name) for name in different)
+        names = ", ".join(name if name in parts else brief(name) for name in different)
         raise MessageError(f"missing or unexpected tensors: {names}")
     for name, (dtype, shape) in parts.items():
         entry, expected = listing[name], {"dtype": _DTYPES[dtype], "shape": list(shape)}
         found = {k: entry.get(k) for k in expected} if isinstance(entry, dict) else entry
         if not _same(found, expected):
             raise MessageError(
-                f"{name}: dtype and shape are {_brief(found)}, expected {_DTYPES[dtype]}, {shape}"
+                f"{name}: dtype and shape are {brief(found)}, expected {_DTYPES[dtype]}, {shape}"
             )
 
 
@@ -111,7 +111,7 @@ def check_header(header: Any, expected: Mapping[str, Any]) -> None:
         raise MessageError(f"the header's fields are not {', '.join(expected)}")
     for field, value in expected.items():
         if not _same(header[field], value):
-            raise MessageError(f"{field} is {_brief(header[field])}, expected {value!r}")
+            raise MessageError(f"{field} is {brief(header[field])}, expected {value!r}")
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -139,9 +139,12 @@ def _read_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """What a sender wrote, on one line of bounded length and depth."""
-    return _REPR.repr(value)
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a huge {type(value).__name__}"
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

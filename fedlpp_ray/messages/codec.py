@@ -23,6 +23,7 @@ from torch import Tensor
 from fedlpp_ray.messages.checks import (
     MessageError,
     Parts,
+    brief,
     check_finite,
     check_header,
     check_norm,
@@ -135,7 +136,7 @@ def load(payload: bytes, parts: Parts) -> State:
     try:
         tensors = safetensors.torch.load(payload)
     except Exception as error:
-        raise MessageError(f"not a safetensors message: {error}") from None
+        raise MessageError(f"not a safetensors message: {brief(str(error))}") from None
     check_tensors(tensors, parts)
     return tensors
 

@@ -41,14 +41,16 @@ def test_at_full_precision_bit_for_bit(tiny_experiment: Experiment, rule: str) -
     compare(tiny_experiment.with_values(values), tolerance=0)
 
 
-def test_uniform_weights_and_uneven_shares_bit_for_bit(tiny_experiment: Experiment) -> None:
-    for weighting in ("uniform", "examples"):
+def test_uniform_weights_bit_for_bit_and_uneven_shares(tiny_experiment: Experiment) -> None:
+    """The project divides by the sum of the weights at the end, and the reference divides each
+    weight: where shares are uneven a mean differs in float64's last bit, and seldom in fp32's."""
+    for weighting, tolerance in (("uniform", 0), ("examples", 1e-7)):
         values = {
             "downlink.bits": 32,
             "federation.partition": "dirichlet",
             "server.weighting": weighting,
         }
-        compare(tiny_experiment.with_values(values), tolerance=0)
+        compare(tiny_experiment.with_values(values), tolerance)
 
 
 @pytest.mark.parametrize("rule", ["residual", "replace", "pull"])

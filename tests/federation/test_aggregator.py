@@ -124,7 +124,7 @@ def test_a_round_is_open_from_its_opening_to_its_end(tiny_experiment: Experiment
     server.receive(1, 0, payload)
     with pytest.raises(MessageError, match="round 1: client 0 has returned before"):
         server.receive(1, 0, payload)
-    with pytest.raises(MessageError, match="round 1: client 4 is not in the cohort"):
+    with pytest.raises(MessageError, match="round 1: 4 is no client of the cohort"):
         server.receive(1, 4, made_up(server, 4))
     server.aggregate(1)
     with pytest.raises(MessageError, match="round 1 is not open"):
