@@ -31,7 +31,7 @@ from fedlpp_ray.messages.codec import load
 from fedlpp_ray.state import Schema, State, schema_digest
 
 PARTIAL_VERSION = 1
-_WEIGHTS = (1e-6, 1.0)
+_DISCOUNTS = (1e-6, 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Aggregator:
 
     Raises:
         MessageError: a broadcast is not what its round made.
-        ValueError: a client twice, a weight out of range, a broadcast that is missing, or clients
+        ValueError: a client twice, a discount out of range, a broadcast that is missing, or clients
             that train other parts than each other.
     """
 
@@ -162,7 +162,7 @@ class Aggregator:
 
     def _header(self) -> dict[str, object]:
         """By which the messages of two openings differ."""
-        cohort = [(a.client, a.started, a.weight) for a in self._opening.cohort]
+        cohort = [(a.client, a.started, a.discount) for a in self._opening.cohort]
         return {
             "format": PARTIAL_VERSION,
             "kind": "partial",
@@ -175,10 +175,12 @@ class Aggregator:
         cohort, made_in = self._opening.cohort, self._experiment.downlink.made_in
         if len(self._cohort) != len(cohort):
             raise ValueError("the cohort has a client twice")
-        low, high = _WEIGHTS
+        low, high = _DISCOUNTS
         for each in cohort:
-            if not low <= each.weight <= high:
-                raise ValueError(f"client {each.client}: weight {each.weight}; allowed: 1e-6 to 1")
+            if not low <= each.discount <= high:
+                raise ValueError(
+                    f"client {each.client}: discount {each.discount}; allowed: 1e-6 to 1"
+                )
             if made_in(each.started) not in self._opening.broadcasts:
                 raise ValueError(
                     f"client {each.client}: the broadcast of round {each.started} is missing"
@@ -192,7 +194,7 @@ class Aggregator:
 
     def _weight(self, assignment: Assignment) -> float:
         by_examples = self._experiment.server.weighting == "examples"
-        return assignment.weight * (self._opening.examples[assignment.client] if by_examples else 1)
+        return self._opening.examples[assignment.client] if by_examples else 1
 
     def _read(self, assignment: Assignment, payload: bytes) -> Return:
         client, started = assignment.client, assignment.started
@@ -202,6 +204,8 @@ class Aggregator:
         state = decode(payload, expected, schema, self._wire.uplink, max_norm=limit)
         received = self._of(assignment)
         state = self._wire.rotate(started, self._wire.masks.settle(state, received), back=True)
+        if assignment.discount != 1:  # FedBuff: a late update is a shorter step
+            state = {name: assignment.discount * tensor for name, tensor in state.items()}
         return Return(received, pad(state, lora.rank), self._weight(assignment))
 
     def _of(self, assignment: Assignment) -> State:

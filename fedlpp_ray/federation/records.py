@@ -22,12 +22,12 @@ class Assignment:
     Attributes:
         client: Which client.
         started: The round whose broadcast it trains from: this one, or of fedbuff an earlier one.
-        weight: What its share in the mean is multiplied by, for staleness.
+        discount: What its update is multiplied by, for staleness.
     """
 
     client: int
     started: int
-    weight: float = 1.0
+    discount: float = 1.0
 
 
 @dataclass(frozen=True)

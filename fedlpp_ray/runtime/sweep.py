@@ -18,6 +18,8 @@ from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
 
 KEPT_CHECKPOINTS = 2
+RESTARTS = 2
+"""How often a trial that lost a process goes on from its last checkpoint before it has failed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def run_sweep(
                 storage_path=storage,
                 verbose=0,
                 callbacks=list(callbacks),
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
         )
