@@ -61,6 +61,9 @@ class RuntimeConfig(Section):
     start_timeout: PositiveFloat = 600.0
     """Seconds without any actor that works, at the start or later, before giving up with a message
     that names what is missing."""
+    partial_sums_from: Positive = 8
+    """From so many nodes on, updates are added up on the node of their client first, and the server
+    receives one sum a node."""
     attempts: Positive = 3
     """How often a client's round is begun where its actor or node is lost; then it has failed."""
     round_deadline: PositiveFloat | None = None

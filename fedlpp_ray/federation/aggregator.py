@@ -116,6 +116,14 @@ class Aggregator:
                 f"(server.max_update_norm = {limit:g})"
             ) from None
 
+    def verdict(self, client: int, payload: bytes) -> str | None:
+        """As `receive`; why the update is refused, or None."""
+        try:
+            self.receive(client, payload)
+        except MessageError as error:
+            return str(error)
+        return None
+
     def partial(self) -> bytes:
         """All that it has received, as safetensors: exact sums, and what a method must keep."""
         header = self._header() | {"kinds": self.total.kinds, "clients": self.clients}
@@ -179,7 +187,7 @@ class Aggregator:
         for each in cohort:
             if not low <= each.discount <= high:
                 raise ValueError(
-                    f"client {each.client}: discount {each.discount}; allowed: 1e-6 to 1"
+                    f"client {each.client}: discount {each.discount}; allowed: {low:g} to {high:g}"
                 )
             if made_in(each.started) not in self._opening.broadcasts:
                 raise ValueError(

@@ -113,7 +113,7 @@ class Server:
 
         Raises:
             ValueError: the cohort has a client twice, one that there is none of, or one that
-                trains from a broadcast that is not given; or its weights are out of range.
+                trains from a broadcast that is not given; or its discounts are out of range.
         """
         counts = self._text.examples
         if unknown := [each.client for each in cohort if each.client not in range(len(counts))]:
@@ -153,11 +153,7 @@ class Server:
 
     def verdict(self, round: int, client: int, payload: bytes) -> str | None:
         """As `receive`; why the update is refused, or None."""
-        try:
-            self.receive(round, client, payload)
-        except MessageError as error:
-            return str(error)
-        return None
+        return self._open(round).verdict(client, payload)
 
     def merge(self, round: int, partial: bytes) -> list[int]:
         """Add what an `Aggregator` elsewhere has received.

@@ -28,6 +28,7 @@ from fedlpp_ray.runtime.placement import bundles, client_actors, client_bundle, 
 from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor, actor_in
+from fedlpp_ray.runtime.sums import AtServer, OnNodes, Sums
 
 
 class ClosingBackend(Backend, Protocol):
@@ -74,6 +75,7 @@ class RayBackend:
         self._experiment, self._group = experiment, group
         self._reactor = Reactor()
         self.server = ServerActor(experiment, group, SERVER, self._reactor)
+        self._on_nodes = OnNodes(self.server, self._reactor)
         self._pool: Pool | None = None
         try:
             self._prepare()
@@ -162,13 +164,22 @@ class RayBackend:
         references = {made: self._stored(made, each) for made, each in broadcasts.items()}
         self._put = {made: each for made, each in self._put.items() if made in broadcasts}
         opened = self.server.send("open_round", round, list(cohort), references)
-        training = CohortTraining(round, self.server, self.pool, self._reactor, self._pace)
+        sums = self._sums(round, list(cohort), references)
+        training = CohortTraining(round, self.server, self.pool, self._pace, sums)
         self._training = training
         for each in sorted(cohort, key=lambda each: -self._pace.expected(each.client)):
             made = self._experiment.downlink.made_in(each.started)
             message = self._for_client(each.client, made, broadcasts[made])
             training.begin(each, message, cohort[each])
         return training.reports(opened, self._experiment.runtime.round_deadline)
+
+    def _sums(self, round: int, cohort: list[Assignment], broadcasts: Mapping[int, Any]) -> Sums:
+        """The server adds up, or on many nodes each of them."""
+        nodes = {slot.place.node for slot in self.pool.working if slot.place}
+        if len(nodes) < self._experiment.runtime.partial_sums_from:
+            return AtServer(self.server, round)
+        self._on_nodes.open(round, self.server.send("opening", round, cohort, broadcasts))
+        return self._on_nodes
 
     def aggregate(self, round: int) -> str:
         """Make what was folded the server's next state; returns its digest."""
@@ -218,6 +229,7 @@ class RayBackend:
     def close(self) -> None:
         """End the actors."""
         self.server.end()
+        self._on_nodes.close()
         if self._pool:
             self._pool.close()
 

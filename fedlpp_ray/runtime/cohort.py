@@ -7,36 +7,41 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from fedlpp_ray.federation.loop import ServerLost
 from fedlpp_ray.federation.records import Assignment, ClientReport, Fault, Memory, refused
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.runtime.jobs import Job, Pace, Refs
 from fedlpp_ray.runtime.pool import Pool, in_words
-from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor
+from fedlpp_ray.runtime.sums import Sums
 
 
 class CohortTraining:
-    """One round: an update goes from its client's actor to the server and nowhere else.
+    """One round. The driver hears reports; an update goes from its client's actor to the sums.
 
     Args:
         round: From 1.
         server: Has opened the round.
         pool: The client actors.
-        reactor: Serves both.
         pace: What clients are expected to take.
+        sums: Where updates are added up.
     """
 
     def __init__(
-        self, round: int, server: ServerActor, pool: Pool, reactor: Reactor, pace: Pace
+        self,
+        round: int,
+        server: ServerActor,
+        pool: Pool,
+        pace: Pace,
+        sums: Sums,
     ) -> None:
-        self._round, self._pace = round, pace
-        self._server, self._pool, self._reactor = server, pool, reactor
-        self._open: dict[int, Job] = {}
-        self._at_server: set[int] = set()
-        self._reports: list[ClientReport] = []
+        self._round, self._pace, self._sums = round, pace, sums
+        self._server, self._pool = server, pool
+        self._training: dict[int, Job] = {}
+        self._judging: dict[int, Job] = {}
+        self._accepted: dict[int, tuple[Job, ClientReport]] = {}
+        self._faulty: list[ClientReport] = []
 
     def begin(self, each: Assignment, message: Any, memory: Memory) -> None:
         """Have a client train from a broadcast, given as a reference or as it is."""
@@ -50,19 +55,19 @@ class CohortTraining:
             self._returned(job, client, result, payload)
 
         def failed(why: str) -> None:
-            self._report(ClientReport(client, fault=Fault("failed", why)))
+            self._drop(client, Fault("failed", why))
 
         name = f"round {self._round}, client {client}"
-        job = self._open[client] = Job(name, send, done, failed, self._pace.expected(client))
+        job = self._training[client] = Job(name, send, done, failed, self._pace.expected(client))
         self._pool.submit(job)
 
     def abandon(self) -> None:
         """Wait for nobody any more."""
-        for job in self._open.values():
+        for job in (*self._training.values(), *self._judging.values()):
             job.cancelled = True
 
     def reports(self, opened: Any, limit: float | None) -> Iterator[ClientReport]:
-        """What became of each client, as it is known.
+        """What became of each client, once all is at the server.
 
         Args:
             opened: Reference of the server's opening of the round.
@@ -70,47 +75,55 @@ class CohortTraining:
         """
         deadline = float("inf") if limit is None else time.monotonic() + limit
         self._server.result(opened)
-        while self._open or self._reports:
-            if not self._pool.until(lambda: bool(self._reports), deadline):
+        while self._training or self._judging:
+            if not self._pool.until(lambda: not (self._training or self._judging), deadline):
                 self._close(f"not done {limit:g} s after the round began (runtime.round_deadline)")
                 deadline = float("inf")
-            while self._reports:
-                yield self._reports.pop(0)
+            for client, why in self._sums.collect().items() if not self._judging else ():
+                self._again(self._accepted.pop(client)[0], client, why)
+        yield from self._faulty
+        yield from (report for _, report in self._accepted.values())
 
     def _close(self, why: str) -> None:
-        """Let those be late whose update the server does not have by now."""
-        for client, job in list(self._open.items()):
-            if client not in self._at_server:
-                self._pool.cancel(job, why)
-                self._report(ClientReport(client, fault=Fault("late", why)))
+        """Let those be late that have not returned by now."""
+        for client, job in list(self._training.items()):
+            self._pool.cancel(job, why)
+            self._drop(client, Fault("late", why))
 
     def _returned(self, job: Job, client: int, result: Any, payload: Refs) -> None:
         if isinstance(result, MessageError):
             cause = getattr(result, "cause", result)  # to it Ray adds the traceback there
-            self._report(ClientReport(client, fault=Fault("refused", str(cause))))
+            self._drop(client, Fault("refused", str(cause)))
             return
         self._pace.observe(client, result.seconds)
-        self._at_server.add(client)
-        verdict = self._server.send("verdict", self._round, client, payload[0])
-        self._reactor.when(verdict, lambda ref: self._judged(job, result, ref))
+        self._judging[client] = self._training.pop(client)
+        place = self._pool.slots[result.host].place
+        verdict = self._sums.add(client, place.node if place else "", payload[0])
+        self._pool.reactor.when(verdict, lambda ref: self._judged(job, result, ref))
 
     def _judged(self, job: Job, report: ClientReport, verdict: Any) -> None:
         if job.cancelled:
             return
         try:
-            self._at_server.discard(report.client)
             refusal = ray.get(verdict)
-        except RayActorError as error:
-            raise ServerLost(str(error)) from error
-        except RayTaskError as error:
-            if not isinstance(error.cause, RayError):
-                raise
-            self._pool.again(job, f"its update was lost: {in_words(error.cause)}")
         except RayError as error:
-            self._pool.again(job, f"its update was lost: {in_words(error)}")
+            cause = getattr(error, "cause", None)
+            if isinstance(error, RayTaskError) and not isinstance(cause, RayError):
+                raise
+            self._server.check()  # or was it the update that was lost?
+            del self._judging[report.client]
+            self._again(job, report.client, f"its update was lost: {in_words(error)}")
+            return
+        del self._judging[report.client]
+        if refusal is None:
+            self._accepted[report.client] = job, report
         else:
-            self._report(report if refusal is None else refused(report, refusal))
+            self._faulty.append(refused(report, refusal))
 
-    def _report(self, report: ClientReport) -> None:
-        del self._open[report.client]
-        self._reports.append(report)
+    def _again(self, job: Job, client: int, why: str) -> None:
+        self._training[client] = job
+        self._pool.again(job, why)
+
+    def _drop(self, client: int, fault: Fault) -> None:
+        del self._training[client]
+        self._faulty.append(ClientReport(client, fault=fault))

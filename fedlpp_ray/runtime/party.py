@@ -16,6 +16,7 @@ from fedlpp_ray.federation.records import ClientReport, report
 SERVER = "fedlpp_ray.federation.server:Server"
 CLIENT_HOST = "fedlpp_ray.federation.client:ClientHost"
 SOLO = "fedlpp_ray.federation.solo:Solo"
+AGGREGATOR = "fedlpp_ray.federation.aggregator:Aggregator"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Party:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(context.get_node_id(), tuple(map(str, gpus)))
+
+    def answer(self) -> None:
+        """Be there."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the party, and wait for what it only begins.

@@ -63,6 +63,7 @@ class Pool:
         needs: What one actor needs, in words.
 
     Attributes:
+        reactor: Serves their results.
         slots: The actors.
     """
 
@@ -76,7 +77,7 @@ class Pool:
         timeout: float,
         needs: str,
     ) -> None:
-        self._reactor, self._begin = reactor, begin
+        self.reactor, self._begin = reactor, begin
         self._attempts, self._timeout, self._needs = attempts, timeout, needs
         self._last_fault = "none has started"
         self.slots = [Slot(number) for number in range(size)]
@@ -106,7 +107,7 @@ class Pool:
             self._dispatch()
             return False
 
-        return self._reactor.until(over, deadline)
+        return self.reactor.until(over, deadline)
 
     def cancel(self, job: Job, why: str) -> None:
         """Do not wait for a job any longer; an actor that is at it is replaced."""
@@ -150,7 +151,7 @@ class Pool:
         slot.state, slot.place, slot.job = "starting", None, None
         slot.turn += 1
         slot.actor, started = self._begin(slot)
-        self._reactor.when(started, partial(self._started, slot, slot.turn))
+        self.reactor.when(started, partial(self._started, slot, slot.turn))
 
     def _started(self, slot: Slot, turn: int, reference: Any) -> None:
         if slot.turn != turn:
@@ -187,7 +188,7 @@ class Pool:
             slot.state, slot.job = "busy", job
             references = job.send(slot.actor)
             finished = partial(self._finished, slot, slot.turn, job, references)
-            self._reactor.when(references[0], finished)
+            self.reactor.when(references[0], finished)
 
     def _finished(self, slot: Slot, turn: int, job: Job, references: Refs, _: Any) -> None:
         if slot.turn != turn:

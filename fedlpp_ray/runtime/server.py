@@ -94,6 +94,14 @@ class ServerActor:
         except RayError as error:
             raise ServerLost(str(error)) from error
 
+    def check(self) -> None:
+        """Have the actor answer.
+
+        Raises:
+            ServerLost: it is gone.
+        """
+        self.result(self.actor.answer.remote())
+
     def end(self) -> None:
         """End the actor."""
         ray.kill(self.actor)

@@ -22,7 +22,8 @@ class Return:
     Attributes:
         received: D_i, the broadcast that the client decoded, and what a client has from the seed.
         update: K_i - D_i, of the parts that it trained.
-        weight: n_i, or 1 with `server.weighting` uniform. Not divided by the sum: who else will return is not known when a return arrives.
+        weight: n_i, or 1 with `server.weighting` uniform. Not divided by the sum: who else will
+            return is not known when a return arrives.
     """
 
     received: State
