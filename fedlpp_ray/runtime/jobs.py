@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -34,7 +34,11 @@ class Job:
     failed: Callable[[str], None]
     seconds: float = 0.0
     attempts: int = 0
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
+
+    def begin(self, actor: Any) -> Refs:
+        """Send it."""
+        return self.send(actor)
 
 
 class Answer:

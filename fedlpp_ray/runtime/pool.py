@@ -186,7 +186,7 @@ class Pool:
             if job is None:
                 return
             slot.state, slot.job = "busy", job
-            references = job.send(slot.actor)
+            references = job.begin(slot.actor)
             finished = partial(self._finished, slot, slot.turn, job, references)
             self.reactor.when(references[0], finished)
 
