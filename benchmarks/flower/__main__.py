@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,13 @@ class Comparison:
         self._flower += found["rounds"][1:]
         self._clients += found["clients"][1:]
         self.versions = found["versions"]
-        for base, seconds in self._ours.items():
+        for base in self.setting.bases:
             self._note(f"ours, {base}")
-            seconds += run_ours(self.setting, base, self._rounds, self._folder)[1:]
+            self._ours[base] += run_ours(self.setting, base, self._rounds, self._folder)[1:]
 
     def _note(self, side: str) -> None:
-        print(f"{self.setting.name}: {side} ...", file=sys.stderr, flush=True)
+        now = time.strftime("%H:%M:%S")
+        print(f"{now} {self.setting.name}: {side} ...", file=sys.stderr, flush=True)
 
     def rows(self) -> list[table.Row]:
         """A row for each base of our clients."""

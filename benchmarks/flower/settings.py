@@ -25,7 +25,7 @@ PLAIN = (
     "client.schedule=constant",
     "client.warmup=0.0",
     "client.lr=1e-3",
-    "task.held_out=16",
+    "task.held_out=8",
     "evaluation.every=100000",
     f"runtime.client_actors={WORKERS}",
     "runtime.threads=1",
@@ -96,7 +96,7 @@ SETTINGS = (
         config="configs/botocore_smollm2.yaml",
         keys=(*_federation(100, 6, 2, 4), "generation.examples=0", "client.base_bits=4"),
         target=3.0,
-        rounds=3,
+        rounds=2,
         bases={
             "packed": ("client.dequantize_at_load=false",),
             "dequantize_at_load": ("client.dequantize_at_load=true",),

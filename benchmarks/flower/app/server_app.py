@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
@@ -46,7 +47,7 @@ def make_app(config: dict[str, Any], done: Callable[[dict[str, Any]], None]) -> 
             evaluate_fn=note,  # called before the first round and after each
         )
         clients = [dict(record) for record in result.train_metrics_clientapp.values()]
-        rounds = [b - a for a, b in zip(ended, ended[1:], strict=False)]
+        rounds = [b - a for a, b in pairwise(ended)]
         done({"rounds": rounds, "clients": clients})
 
     return app
