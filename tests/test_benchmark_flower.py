@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.flower import processes, settings, table
+from benchmarks.flower.app import task
 from fedlpp_ray.config import FULL_PRECISION, Experiment
+from fedlpp_ray.federation.data import FederatedText
 
 ROW = table.Row(
     setting="a setting",
@@ -61,22 +63,18 @@ def test_both_sides_are_in_full_precision_but_for_the_base(setting: settings.Set
         assert experiment.evaluation.every > experiment.federation.rounds == 3
 
 
-def test_flower_gets_the_shares_that_our_clients_have(
+def test_flower_gets_the_shares_and_tokens_that_our_clients_have(
     tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedlpp_ray.tasks import Examples, load_task, share_out
-
     monkeypatch.setattr(settings.Setting, "experiment", lambda *_, **__: tiny_experiment)
     config = settings.app_config(settings.SETTINGS[0], 2, tmp_path)
-    shares = json.loads(Path(config["shares"]).read_text(encoding="utf-8"))
-    task = load_task(tiny_experiment.task)
-    _, train, partition = share_out(task.train, tiny_experiment.federation, tiny_experiment.seed, 0)
-    assert config["labels"] == len(task.labels)
-    assert len(shares) == config["clients"] == len(partition)
-    for client, share in enumerate(shares):
-        own = train.take(partition.indices(client).tolist())
-        assert isinstance(own, Examples)
-        assert [tuple(pair) for pair in share] == list(zip(own.texts, own.labels, strict=True))
+    text = FederatedText(tiny_experiment)
+    assert config["labels"] == text.classes
+    assert config["clients"] == len(task.load_shares(config["shares"])) == len(text.examples)
+    for client in range(config["clients"]):
+        found = task.load_data(client, config).dataset
+        ours = [(ids.tolist(), label) for ids, label in text.client(client)]
+        assert [(row["input_ids"], row["labels"]) for row in found] == ours
 
 
 def test_a_client_that_fails_fails_the_benchmark(

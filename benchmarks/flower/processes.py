@@ -97,8 +97,12 @@ def run_arithmetic(setting: Setting, config: Mapping[str, Any], folder: Path) ->
         _start([*command, str(out), str(worker)], log, {})
         for worker, (out, log) in enumerate(zip(outs, logs, strict=True))
     ]
-    for process, log in zip(started, logs, strict=True):
-        _check(process.wait(), command, log)
+    try:
+        for process, log in zip(started, logs, strict=True):
+            _check(process.wait(), command, log)
+    finally:
+        for process in started:
+            process.kill()
     found = [json.loads(out.read_text(encoding="utf-8")) for out in outs]
     return {base: mean(one[base] for one in found) for base in found[0]}
 
