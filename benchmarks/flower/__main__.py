@@ -92,8 +92,8 @@ class Comparison:
         return table.flower_parts(self._flower, self._clients, WORKERS)
 
 
-def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Both tables, and the versions."""
+def markdown(comparisons: Sequence[Comparison], load: float) -> str:
+    """Both tables, the versions, and the load average before the first run."""
     rows = [row for comparison in comparisons for row in comparison.rows()]
     parts = {comparison.setting.title: comparison.parts() for comparison in comparisons}
     packages = ", ".join(f"{name} {v}" for name, v in comparisons[0].versions.items())
@@ -102,7 +102,8 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
             table.markdown(rows),
             table.parts_markdown(parts),
             f"Flower's environment: {packages}. {os.cpu_count()} cores, {platform.machine()}, "
-            f"{WORKERS} workers with one thread each. Seconds per client are of one worker.",
+            f"{WORKERS} workers with one thread each. Seconds per client are of one worker. "
+            f"Load average before the first run: {load:.1f}; above 1, measure again.",
         ]
     )
 
@@ -119,7 +120,7 @@ def main() -> None:
     """Install, run both sides in turn, print."""
     options = _options()
     settings = [s for s in SETTINGS if options.only in (None, s.name)]
-    python = install()
+    python, load = install(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="benchmark-flower-") as root:
         comparisons = []
         for setting in settings:
@@ -130,7 +131,7 @@ def main() -> None:
         for _ in range(1 if options.quick else REPEATS):
             for comparison in comparisons:
                 comparison.run()
-        print(markdown(comparisons))
+        print(markdown(comparisons, load))
 
 
 if __name__ == "__main__":
