@@ -1,0 +1,1 @@
+"""The same federations under Flower's simulation engine: ``python -m benchmarks.flower``."""
