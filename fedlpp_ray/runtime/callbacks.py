@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
+from fedlpp_ray.runtime.nodes import what_is_missing
+from fedlpp_ray.runtime.placement import PlacementError
 from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.tracking.metrics import (
     PROTECTION,
@@ -118,6 +122,38 @@ class MlflowCallback(Callback):
             action()
         except Exception as error:
             logger.warning("not logged to MLflow: %s", error)
+
+
+class PlacementCallback(Callback):
+    """Ends a sweep in which no trial gets the resources that it has to reserve.
+
+    Args:
+        timeout: Seconds without a running trial.
+        needed: What a trial reserves, in words.
+    """
+
+    def __init__(self, timeout: float, needed: str) -> None:
+        self._timeout, self._needed = timeout, needed
+        self._ran = math.inf
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._ran = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Look whether a trial runs.
+
+        Raises:
+            PlacementError: none has for the timeout.
+        """
+        waiting = [trial for trial in trials if trial.status == Trial.PENDING]
+        if not waiting or any(trial.status == Trial.RUNNING for trial in trials):
+            self._ran = time.monotonic()
+        elif time.monotonic() - self._ran > self._timeout:
+            raise PlacementError(
+                f"no trial has got its resources for {self._timeout:g} s (runtime.start_timeout); "
+                f"one needs {self._needed}; {what_is_missing()}. The same command goes on"
+            )
 
 
 class ProgressCallback(Callback):

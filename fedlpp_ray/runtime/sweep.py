@@ -12,7 +12,8 @@ from ray import tune
 from ray.tune import Callback
 
 from fedlpp_ray.config import ConfigError, Experiment
-from fedlpp_ray.runtime.placement import bundles, check_fits
+from fedlpp_ray.runtime.callbacks import PlacementCallback
+from fedlpp_ray.runtime.placement import bundles, check_fits, in_words
 from fedlpp_ray.runtime.space import SearchSpace, values_of
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
@@ -81,12 +82,17 @@ def run_sweep(
                 name=space.name,
                 storage_path=storage,
                 verbose=0,
-                callbacks=list(callbacks),
+                callbacks=[*callbacks, _watch(space.base)],
                 failure_config=tune.FailureConfig(max_failures=RESTARTS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
         )
     return sorted(map(_outcome, tuner.fit()), key=lambda outcome: outcome.trial)
+
+
+def _watch(base: Experiment) -> PlacementCallback:
+    needed = " and ".join(in_words(bundle) for bundle in bundles(base))
+    return PlacementCallback(base.runtime.start_timeout, needed)
 
 
 def _experiment(space: SearchSpace, config: dict[str, Any]) -> Experiment:

@@ -253,5 +253,7 @@ def test_actors_that_cannot_come_back_are_given_up_in_time(
     monkeypatch.setattr(Pool, "_started", lambda *_: None)  # none is ever ready again
     for slot in backend.pool.slots:
         backend.pool._replace(slot, "killed")
-    with pytest.raises(PlacementError, match=r"no client actor has worked for 3 s .* needs 0.5 CPU"):
+    with pytest.raises(
+        PlacementError, match=r"no client actor has worked for 3 s .* needs 0.5 CPU"
+    ):
         run(experiment, backend)

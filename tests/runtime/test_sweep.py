@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.report import console_table, save_plot, summarize
@@ -70,6 +74,18 @@ def test_failed_and_stopped_trials_cost_only_themselves(space_file: Path) -> Non
     console_table(table, space.keys)
     save_plot(table, space.keys, "accuracy", space_file.parent / "x.png")
     check_nothing_is_left()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_sweep_does_not_wait_for_ever(space_file: Path) -> None:
+    space = load_space(space_file, ["runtime.start_timeout=5.0", "runtime.client_cpus=1.0"])
+    taken = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 1}])
+    assert taken.wait(30)
+    with pytest.raises(
+        PlacementError, match=r"no trial has got its resources for 5 s .*1 CPU free"
+    ):
+        run_sweep(space, str(space_file.parent / "out"), [])
+    remove_placement_group(taken)
 
 
 def check_nothing_is_left() -> None:
