@@ -24,6 +24,7 @@ from fedlpp_ray.lora import (
     write_state,
 )
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
+from fedlpp_ray.models import store_in_bf16
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import COLUMNS, VARIATE, State, part, schema_of
 from fedlpp_ray.tasks import Metrics
@@ -74,6 +75,8 @@ class ClientHost:
         ):
             add_residuals(self._model)
         self._initial = read_state(self._model)
+        if experiment.client.compute == "bf16":
+            store_in_bf16(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
 
     def train(
