@@ -30,8 +30,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base
 from fedlpp_ray.federation.in_process import InProcess
-from fedlpp_ray.lora import add_lora, trainable
-from fedlpp_ray.models import store_in_bf16
+from fedlpp_ray.lora import add_lora, store_in_bf16, trainable
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.tasks import collate, epoch_order
 from fedlpp_ray.train import DEFAULT

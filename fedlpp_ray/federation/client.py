@@ -20,11 +20,11 @@ from fedlpp_ray.lora import (
     add_residuals,
     at_rank,
     read_state,
+    store_in_bf16,
     training_only,
     write_state,
 )
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
-from fedlpp_ray.models import store_in_bf16
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import COLUMNS, VARIATE, State, part, schema_of
 from fedlpp_ray.tasks import Metrics

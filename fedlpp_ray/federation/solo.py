@@ -20,8 +20,7 @@ from fedlpp_ray.federation.emulation import emulate, load_client_base
 from fedlpp_ray.federation.records import ClientUpdate, Evaluation, Floor, Memory
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
-from fedlpp_ray.lora import add_adapter, read_state, write_state
-from fedlpp_ray.models import store_in_bf16
+from fedlpp_ray.lora import add_adapter, read_state, store_in_bf16, write_state
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import state_digest
 from fedlpp_ray.training import Training, configure_torch, whole_descent

@@ -6,6 +6,7 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from fedlpp_ray.lora.adapt import add_adapter, save_adapter
+from fedlpp_ray.lora.half import store_in_bf16
 from fedlpp_ray.lora.inject import add_lora
 from fedlpp_ray.lora.merge import merged
 from fedlpp_ray.lora.state import (
@@ -27,6 +28,7 @@ __all__ = [
     "merged",
     "read_state",
     "save_adapter",
+    "store_in_bf16",
     "trainable",
     "training_only",
     "write_state",

@@ -1,6 +1,6 @@
 """Pretrained models, and the client's base: full precision, packed, or bitsandbytes."""
 
-from fedlpp_ray.models.base import check_base, quantize_base, store_in_bf16
+from fedlpp_ray.models.base import check_base, quantize_base
 from fedlpp_ray.models.bnb import BaseFormatError
 from fedlpp_ray.models.decoding import no_repeat
 from fedlpp_ray.models.emulator import (
@@ -39,7 +39,6 @@ __all__ = [
     "no_repeat",
     "outer_layers",
     "quantize_base",
-    "store_in_bf16",
     "trained_modules",
     "within",
 ]

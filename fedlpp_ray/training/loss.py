@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -39,7 +38,7 @@ def predictions(model: nn.Module, batch: Batch, device: torch.device) -> tuple[T
     labels = labels[:, 1:]
     columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
     labels, columns = labels[:, columns].to(device), columns.to(device)
-    own = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = getattr(model, "get_base_model", lambda: model)()  # within PEFT's
     if "logits_to_keep" in _arguments(type(own).forward):
         return found(**inputs, logits_to_keep=columns).logits, labels
     return found(**inputs).logits[:, columns], labels

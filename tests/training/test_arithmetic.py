@@ -20,11 +20,12 @@ from fedlpp_ray.lora import (
     add_residuals,
     merged,
     read_state,
+    store_in_bf16,
     trainable,
     training_only,
     write_state,
 )
-from fedlpp_ray.models import PackedLinear, quantize_base, store_in_bf16
+from fedlpp_ray.models import PackedLinear, quantize_base
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import State, part
 from fedlpp_ray.tasks import IGNORED, Encoded, collate, epoch_order
