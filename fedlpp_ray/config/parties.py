@@ -51,6 +51,13 @@ class ClientConfig(Section):
     label_smoothing: Share = 0.0
     """Share of the training target's probability that is spread over all classes or tokens."""
     batch_size: Positive = 16
+    group_by_length: bool = False
+    """Batches of examples of about the same length, so that less is spent on padding (the option
+    of this name in transformers). Which examples go together is then no longer chance alone."""
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """In which format clients train and measure their model. `bf16`: what is frozen is stored in
+    it, half the memory, and activations and matrix products are; what is trained and travels, its
+    gradients and the optimizer stay fp32. The server computes in fp32."""
     max_broadcast_norm: PositiveFloat = 1e4
     """A broadcast with a larger L2 norm is refused."""
 

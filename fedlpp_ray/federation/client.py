@@ -20,6 +20,7 @@ from fedlpp_ray.lora import (
     add_residuals,
     at_rank,
     read_state,
+    store_in_bf16,
     training_only,
     write_state,
 )
@@ -74,6 +75,8 @@ class ClientHost:
         ):
             add_residuals(self._model)
         self._initial = read_state(self._model)
+        if experiment.client.compute == "bf16":
+            store_in_bf16(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
 
     def train(

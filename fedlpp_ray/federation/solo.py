@@ -28,7 +28,7 @@ from fedlpp_ray.federation.records import (
 )
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
-from fedlpp_ray.lora import add_adapter, read_state, write_state
+from fedlpp_ray.lora import add_adapter, read_state, store_in_bf16, write_state
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import state_digest
 from fedlpp_ray.training import Training, configure_torch, whole_descent
@@ -61,6 +61,8 @@ class Solo:
             base = load_client_base(experiment, self._text, emulator)
         adapter, lora = experiment.adapter, experiment.lora
         self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
+        if experiment.client.compute == "bf16":
+            store_in_bf16(self._model)
         strongest, rounds = self._text.strongest, range(1, experiment.federation.rounds + 1)
         # The floor of a federation is trained with the same seed.
         purpose = ("centralised",) if self._pooled else ("local", 0, strongest)

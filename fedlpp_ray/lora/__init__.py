@@ -6,7 +6,9 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from fedlpp_ray.lora.adapt import add_adapter, save_adapter
+from fedlpp_ray.lora.half import store_in_bf16
 from fedlpp_ray.lora.inject import add_lora
+from fedlpp_ray.lora.merge import merged
 from fedlpp_ray.lora.state import (
     add_residuals,
     at_rank,
@@ -23,8 +25,10 @@ __all__ = [
     "add_lora",
     "add_residuals",
     "at_rank",
+    "merged",
     "read_state",
     "save_adapter",
+    "store_in_bf16",
     "trainable",
     "training_only",
     "write_state",

@@ -6,6 +6,7 @@ from fedlpp_ray.tasks.batches import (
     Encoded,
     collate,
     encode,
+    epoch_order,
     evaluation_batches,
 )
 from fedlpp_ray.tasks.examples import Examples, Prompts, Task, TaskError
@@ -39,6 +40,7 @@ __all__ = [
     "classification_metrics",
     "collate",
     "encode",
+    "epoch_order",
     "evaluation_batches",
     "load_task",
     "partition",

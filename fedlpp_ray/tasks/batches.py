@@ -61,6 +61,32 @@ def _join(labels: Sequence[Label]) -> Tensor:
     return torch.tensor(labels)
 
 
+def epoch_order(
+    encoded: Encoded, size: int, random: torch.Generator, *, by_length: bool = False
+) -> list[int]:
+    """Every example once, in random order; each `size` of them in turn are a batch.
+
+    Args:
+        encoded: The examples.
+        size: Of a batch; the last may be short.
+        random: What the order is drawn from.
+        by_length: Batches of about the same length: as transformers' LengthGroupedSampler, a random
+            order is cut in pieces of up to 50 batches, at least 4 pieces where there are that
+            many batches, and each is sorted. Unlike there, the order of batches is random.
+    """
+    order: list[int] = torch.randperm(len(encoded), generator=random).tolist()
+    if not by_length:
+        return order
+    piece = size * max(1, min(len(order) // (4 * size), 50))
+    grouped: list[int] = []
+    for start in range(0, len(order), piece):
+        grouped += sorted(order[start : start + piece], key=lambda i: encoded[i][0].shape[-1])
+    whole = len(order) // size
+    batches = [grouped[i * size : (i + 1) * size] for i in range(whole)]
+    mixed = torch.randperm(whole, generator=random).tolist()
+    return [i for batch in mixed for i in batches[batch]] + grouped[whole * size :]
+
+
 def evaluation_batches(encoded: Encoded, pad: int, size: int) -> list[Batch]:
     """All examples once, shortest first, so that little is spent on padding."""
     ordered = sorted(encoded, key=lambda example: example[0].shape[-1])

@@ -1,7 +1,7 @@
 """Local training and evaluation on one device. No Ray."""
 
 from fedlpp_ray.training.decoding import write
-from fedlpp_ray.training.device import configure_torch
+from fedlpp_ray.training.device import compute_dtype, computing, configure_torch
 from fedlpp_ray.training.distill import distill
 from fedlpp_ray.training.evaluation import (
     Evaluator,
@@ -9,7 +9,7 @@ from fedlpp_ray.training.evaluation import (
     generation_evaluator,
 )
 from fedlpp_ray.training.local import Training
-from fedlpp_ray.training.loss import smoothed_loss
+from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.rules import (
     ClientRule,
     Descent,
@@ -34,10 +34,13 @@ __all__ = [
     "Training",
     "classification_evaluator",
     "client_descent",
+    "compute_dtype",
+    "computing",
     "configure_torch",
     "distill",
     "generation_evaluator",
     "next_server_variate",
+    "predictions",
     "schedule_factor",
     "smoothed_loss",
     "whole_descent",

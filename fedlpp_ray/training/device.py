@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
+from torch import nn
 
 from fedlpp_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+"""What torch calls a processor's products in bf16, on x86 and on Arm."""
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in: bf16 where its frozen tensors are stored in it, else fp32."""
+    stored = {parameter.dtype for parameter in model.parameters()}
+    return torch.bfloat16 if torch.bfloat16 in stored else torch.float32
+
+
+def computing(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """In the block, models compute in this `compute_dtype`; warns once of a slow processor."""
+    if dtype == torch.float32:
+        return nullcontext()
+    _warn_of_emulation(device.type)
+    return torch.autocast(device.type, dtype)
+
+
+@cache
+def _warn_of_emulation(kind: str) -> None:
+    if not has_bf16(kind):
+        logger.warning(
+            "client.compute 'bf16': this %s has no instructions for it; the numbers are the same, "
+            "but it may be slower than 'fp32'",
+            "GPU" if kind == "cuda" else "processor",
+        )
+
+
+def has_bf16(kind: str) -> bool:
+    """Whether this GPU (`cuda`) or processor multiplies in bf16; True where torch cannot tell."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ask = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.11
+    return ask is None or any(ask().get(name) for name in _BF16)
 
 
 def configure_torch(threads: int, gpus: float) -> torch.device:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.lora import merged
 from fedlpp_ray.tasks import (
     IGNORED,
     UTILITY,
@@ -24,6 +26,8 @@ from fedlpp_ray.tasks import (
     text_metrics,
 )
 from fedlpp_ray.training.decoding import write
+from fedlpp_ray.training.device import compute_dtype, computing
+from fedlpp_ray.training.loss import predictions
 
 Evaluator = Callable[[nn.Module, torch.device], Metrics]
 """Measures a model, which is left in evaluation mode."""
@@ -42,8 +46,8 @@ def classification_evaluator(encoded: Encoded, pad: int, experiment: Experiment)
     batches = evaluation_batches(encoded, pad, experiment.evaluation.batch_size)
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
-        model.eval()
-        logits = [_logits(model, batch, device).cpu() for batch in batches]
+        with _reading(model, device):
+            logits = [predictions(model, batch, device)[0].float().cpu() for batch in batches]
         labels = torch.cat([batch["labels"] for batch in batches])
         found = torch.cat(logits)
         return _checked(classification_metrics(found, labels), found.isfinite().all(), experiment)
@@ -73,10 +77,8 @@ def generation_evaluator(
     references = [held_out.references[i] for i in written]
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
-        model.eval()
-        found = _likelihood(model, batches, device)
-        finite = math.isfinite(found["loss"])
-        if prompts:
+        with _reading(model, device):
+            found = _likelihood(model, batches, device)
             tokens = write(
                 model,
                 prompts,
@@ -86,6 +88,8 @@ def generation_evaluator(
                 batch_size=max(1, size // config.beams),
                 device=device,
             )
+        finite = math.isfinite(found["loss"])
+        if prompts:
             found |= text_metrics([wording.read(ids) for ids in tokens], references)
         return _checked(found | {"examples": len(held_out)}, finite, experiment)
 
@@ -95,19 +99,21 @@ def generation_evaluator(
 def _likelihood(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> Metrics:
     total, tokens = 0.0, 0
     for batch in batches:
-        labels = batch["labels"][:, 1:].to(device)
+        logits, labels = predictions(model, batch, device)
         known = labels != IGNORED  # of the others' logits, no second copy is made
-        logits = _logits(model, batch, device)[:, :-1][known]
+        logits = logits[known].float()
         total += cross_entropy(logits, labels[known], reduction="sum").item()
         tokens += len(logits)
     loss = total / tokens
     return {"log_likelihood": -loss, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def _logits(model: Any, batch: Batch, device: torch.device) -> Tensor:
-    inputs = {key: values.to(device) for key, values in batch.items() if key != "labels"}
-    with torch.no_grad():
-        return model(**inputs).logits.float()  # type: ignore[no-any-return]
+@contextmanager
+def _reading(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without gradients and adapters' branches, in the format that the model computes in."""
+    dtype = compute_dtype(model.eval())
+    with merged(model, dtype), computing(dtype, device), torch.no_grad():
+        yield
 
 
 def _checked(metrics: Metrics, finite: Any, experiment: Experiment) -> Metrics:

@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from fedlpp_ray.config import ClientConfig
 from fedlpp_ray.lora import trainable
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.tasks import collate
-from fedlpp_ray.tasks.batches import Encoded
-from fedlpp_ray.training.loss import smoothed_loss
+from fedlpp_ray.tasks import Encoded, collate, epoch_order
+from fedlpp_ray.training.device import compute_dtype, computing
+from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.rules import PLAIN, ClientRule, Descent
 
 
@@ -52,7 +52,7 @@ class Training:
         self._model, self._examples, self._config = model, examples, config
         self._pad, self._device, self._rules = pad, device, rules
         self._steps, self._travelled = steps, descent.travelled(config.lr, steps)
-        self._parameters = trainable(model)
+        self._parameters, self._dtype = trainable(model), compute_dtype(model)
         self._optimizer = descent.make(self._parameters, config.lr, config.weight_decay)
         self._schedule = LambdaLR(self._optimizer, lambda step: descent.factor(step, steps))
         self._order = generator(seed, "order")
@@ -76,36 +76,38 @@ class Training:
         Returns:
             Mean training loss over them, in nats.
         """
-        total = 0.0
         self._model.train()
         with torch.random.fork_rng():
             self._use(self._random)
-            for _ in range(steps):
-                total += self._step()
+            losses = [self._step() for _ in range(steps)]
             self._random = self._generators()
         self._model.eval()
+        # Read once: reading a number of a GPU waits for all that it has to do.
+        total: float = sum(torch.stack(losses).tolist())
         return total / steps
 
-    def _step(self) -> float:
-        size = self._config.batch_size
-        if not self._queue:
-            self._queue = torch.randperm(len(self._examples), generator=self._order).tolist()
-        chosen, self._queue = self._queue[:size], self._queue[size:]
-        batch = collate([self._examples[i] for i in chosen], self._pad)
-        inputs = {key: value.to(self._device) for key, value in batch.items()}
-        if self._config.label_smoothing:
-            labels = inputs.pop("labels")
-            logits = self._model(**inputs).logits
+    def _step(self) -> Tensor:
+        batch = collate([self._examples[i] for i in self._choose()], self._pad)
+        with computing(self._dtype, self._device):
+            logits, labels = predictions(self._model, batch, self._device)
             loss = smoothed_loss(logits, labels, self._config.label_smoothing)
-        else:
-            loss = self._model(**inputs).loss
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for rule in self._rules:
             rule.adjust(self._parameters)
         self._optimizer.step()
         self._schedule.step()
-        return loss.item()
+        return loss.detach()
+
+    def _choose(self) -> list[int]:
+        """The next batch's examples."""
+        size = self._config.batch_size
+        if not self._queue:
+            self._queue = epoch_order(
+                self._examples, size, self._order, by_length=self._config.group_by_length
+            )
+        chosen, self._queue = self._queue[:size], self._queue[size:]
+        return chosen
 
     def save(self) -> bytes:
         """All but the model's parameters, to go on from."""

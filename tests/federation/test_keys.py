@@ -55,6 +55,8 @@ def digest(experiment: Experiment) -> str:
         ("client.schedule", "cosine"),
         ("client.warmup", 0.5),
         ("client.proximal", 5.0),
+        ("client.group_by_length", True),
+        ("client.compute", "bf16"),
         ("downlink.factors", "B"),
         ("downlink.rotate", True),
         ("downlink.server_mask", 0.1),

@@ -174,6 +174,23 @@ def test_dropout_and_stochastic_rounding_repeat_too(tiny_experiment: Experiment)
     assert numbers(run(experiment)) == numbers(run(experiment))
 
 
+def test_bf16_repeats_and_leaves_the_server_and_what_travels_in_fp32(
+    tiny_experiment: Experiment,
+) -> None:
+    """The server measures its first state alike; a client measures it in bf16."""
+    experiment = tiny_experiment.with_values({"client.compute": "bf16"})
+    assert numbers(run(experiment)) == numbers(run(experiment))
+    half, full = InProcess(experiment), InProcess(tiny_experiment)
+    assert half._server.evaluate() == full._server.evaluate()
+    sent = full.encode_broadcast(1)
+    assert half.encode_broadcast(1) == sent
+    cohort = {0: None}
+    (ours,), (theirs,) = half.train(1, cohort, sent), full.train(1, cohort, sent)
+    assert len(ours.payload) == len(theirs.payload)
+    assert ours.payload != theirs.payload
+    assert ours.loss == pytest.approx(theirs.loss, rel=0.02)
+
+
 def test_a_restored_run_goes_on_with_the_same_bits(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
