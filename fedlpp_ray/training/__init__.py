@@ -1,7 +1,7 @@
 """Local training and evaluation on one device. No Ray."""
 
 from fedlpp_ray.training.decoding import write
-from fedlpp_ray.training.device import configure_torch
+from fedlpp_ray.training.device import configure_torch, process_peak
 from fedlpp_ray.training.distill import distill
 from fedlpp_ray.training.evaluation import (
     Evaluator,
@@ -38,6 +38,7 @@ __all__ = [
     "distill",
     "generation_evaluator",
     "next_server_variate",
+    "process_peak",
     "schedule_factor",
     "smoothed_loss",
     "whole_descent",
