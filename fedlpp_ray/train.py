@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -45,6 +46,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if options.adapter:
         check_writable_folder("--adapter", options.adapter)
     console.print(f"{options.config}: preparing ...", highlight=False)
+    if options.in_process:
+        os.environ.update(experiment.runtime.environment)  # torch reads it when it is imported
     # These take seconds to import; a wrong configuration is refused before.
     from fedlpp_ray.federation import Federation, checkpoint, preflight
     from fedlpp_ray.federation.results import result, to_json
@@ -52,7 +55,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     from fedlpp_ray.tracking.progress import protection_lines, show_rounds
 
     preflight.check([experiment])
-    with _backend(experiment, in_process=options.in_process) as backend:
+    with _backend(experiment, console, in_process=options.in_process) as backend:
         federation = Federation(experiment, backend)
         for _ in show_rounds(federation.run(), experiment.federation.rounds, console):
             pass
@@ -68,20 +71,23 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 
 @contextmanager
-def _backend(experiment: Experiment, *, in_process: bool) -> Iterator[Any]:
+def _backend(experiment: Experiment, console: Console, *, in_process: bool) -> Iterator[Any]:
     if in_process:
         from fedlpp_ray.federation import in_process as here
+        from fedlpp_ray.federation.peaks import in_process_line, remember_peaks
+        from fedlpp_ray.training import process_peak
 
+        console.print(in_process_line(experiment), highlight=False)
         yield here.in_process(experiment)
+        remember_peaks(experiment, {"process": process_peak()})
         return
     from fedlpp_ray.runtime import connect, ray_backend, reserve
+    from fedlpp_ray.runtime.plan import show_plan
 
-    with (
-        connect(),
-        reserve(experiment) as group,
-        closing(ray_backend(experiment, group)) as backend,
-    ):
-        yield backend
+    with connect(experiment.runtime):
+        show_plan(experiment, console)
+        with reserve(experiment) as group, closing(ray_backend(experiment, group)) as backend:
+            yield backend
 
 
 if __name__ == "__main__":

@@ -41,3 +41,16 @@ class RuntimeConfig(Section):
     """Torch threads in each actor. Fixed, because sums in another order give other bits."""
     start_timeout: PositiveFloat = 600.0
     """Seconds to wait for resources and actors before giving up with a message."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process that computes, set before it imports torch."""
+        pools = ("OMP", "MKL", "OPENBLAS", "RAYON")
+        return {f"{pool}_NUM_THREADS": str(self.threads) for pool in pools} | {
+            # Threads that spin while they wait take the cores from the actors that work.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+            # cuBLAS is deterministic only with a fixed workspace, set before CUDA starts.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "TOKENIZERS_PARALLELISM": "false",
+        }

@@ -72,9 +72,14 @@ class Footprint:
         return self.certain + max(self.training, self.evaluation)
 
     @property
+    def host_certain(self) -> int:
+        """Of `certain`, and of what is loaded on the way to a GPU, what takes a node's memory."""
+        return self.process + self.loading if self.on_gpu else self.certain
+
+    @property
     def host(self) -> int:
         """Of the node's memory."""
-        return self.process + self.loading + self.weights if self.on_gpu else self.peak
+        return self.host_certain if self.on_gpu else self.peak
 
     def words(self) -> str:
         """The terms in MiB."""
@@ -99,7 +104,7 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     Raises:
         AssetError, LoraError, LayersError: as the preflight check.
     """
-    if role == "process":
+    if role == "process" and experiment.method == "federated":
         return _together(estimate(experiment, "server"), estimate(experiment, "client"))
     trains = role == "client" or experiment.method != "federated"
     on_gpu = bool(

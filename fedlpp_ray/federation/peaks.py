@@ -55,6 +55,19 @@ def expected_peak(experiment: Experiment, role: Role) -> Peak:
     return Peak(known or footprint.peak, known is not None, footprint)
 
 
+def in_process_line(experiment: Experiment) -> str:
+    """What a run that is one process will take, in one line.
+
+    Raises:
+        AssetError, LoraError, LayersError: as `estimate`.
+    """
+    peak, threads = expected_peak(experiment, "process"), experiment.runtime.threads
+    return (
+        f"placement one process, {threads} thread{'' if threads == 1 else 's'}, about "
+        f"{peak.size / (1 << 30):.1f} GiB ({peak.why()})"
+    )
+
+
 def known_peaks(experiment: Experiment) -> dict[Role, int]:
     """Bytes at their peaks of the parties of earlier runs that needed as much memory as this one.
 

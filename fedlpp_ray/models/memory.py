@@ -46,7 +46,7 @@ def quantized_bytes(
     layers = linears(model, modules_to_save)
     weights = sum(layer.weight.numel() for layer in layers.values())
     shared = {id(p): p for p in (model.get_submodule(name).weight for name in layers)}
-    dense = FP32 * sum(parameter.numel() for parameter in shared.values())  # type: ignore[union-attr, operator, misc]
+    dense = FP32 * sum(parameter.numel() for parameter in shared.values())  # type: ignore[operator, misc]
     if config.dequantize_at_load:
         return dense, FP32 * weights
     per_row = config.base_format == "bitsandbytes" and config.base_bits == 8

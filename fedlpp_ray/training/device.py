@@ -15,8 +15,9 @@ from fedlpp_ray.errors import UserError
 def configure_torch(threads: int, gpus: float) -> torch.device:
     """Fix the thread count, ask for deterministic kernels, and choose the device.
 
-    torch keeps the thread count for each calling thread, so what computes calls this in its own.
-    Threads between operations are not used here, and are limited to one. A share of a GPU is only bookkeeping for Ray; here it becomes a cap on this process's memory.
+    The thread count holds in every thread of the process that computes after this call. Threads
+    between operations are not used here, and limited to one. A share of a GPU is only bookkeeping
+    for Ray; here it becomes a cap on this process's memory.
 
     Args:
         threads: Torch threads; sums in another number of threads may give other bits.
@@ -48,7 +49,7 @@ def process_peak() -> int:
     On a GPU: what torch's allocator reserved, without CUDA's own context. On the CPU: the largest
     resident set, in which pages of mapped files count although processes share them.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_reserved()
     # A process that was just started reports its parent's in ru_maxrss; this is its own.
     with suppress(OSError):
