@@ -15,9 +15,6 @@ from fedlpp_ray.runtime.placement import PlacementError, bundles, check_fits, cl
 
 CLOSE = 0.9
 """Share of a memory from which on its use is called close."""
-FAR = 2.0
-"""So many times the cluster's memory must be expected before a run is refused: the estimate is an
-upper bound, and processes of one node share the pages of W0."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ class Plan:
 
         Raises:
             PlacementError: a party's process, weights and what it trains alone are more than its
-                share of a GPU or any node's memory; or `FAR` times the cluster's memory is
-                expected to be needed.
+                share of a GPU or any node's memory; or all parties' are more than the
+                cluster's, though the pages of W0 are not counted, which processes share.
         """
         if self.faults:
             raise PlacementError(self.faults[0])
@@ -188,12 +185,18 @@ def _memory_faults(parties: Sequence[Actors], nodes: Sequence[Node]) -> Iterator
                 f"what it trains alone; the largest node has {_gib(largest)}. Use a smaller model "
                 "or a larger node"
             )
-    if _hosts(parties) > FAR * there:
+    together = sum(actors.count * _unshared(actors) for actors in parties)
+    if together > there:
         yield (
-            f"the run needs about {_gib(_hosts(parties))} of memory; the cluster has "
-            f"{_gib(there)}. Lower runtime.client_actors, client.batch_size or "
-            "evaluation.batch_size, or use a larger cluster"
+            f"the run needs {_gib(together)} of memory for its processes, weights and what they "
+            f"train alone; the cluster has {_gib(there)}. Lower runtime.client_actors or use a "
+            "larger cluster"
         )
+
+
+def _unshared(actors: Actors) -> int:
+    footprint = actors.peak.footprint
+    return footprint.host_certain - footprint.loading
 
 
 def _cap(actors: Actors, card: int) -> float:
