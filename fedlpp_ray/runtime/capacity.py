@@ -62,8 +62,8 @@ def memory_faults(parties: Sequence[Actors], nodes: Sequence[Node]) -> Iterator[
         if certain > largest:
             yield (
                 f"the {actors.role} needs {in_gib(certain)} of memory for its process, weights and "
-                f"what it trains alone; the largest node has {in_gib(largest)}. Use a smaller model "
-                "or a larger node"
+                f"what it trains alone; the largest node has {in_gib(largest)}. Use a smaller "
+                "model or a larger node"
             )
     together = sum(actors.count * _unshared(actors) for actors in parties)
     if together > there:
