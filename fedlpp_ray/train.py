@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -116,6 +117,8 @@ class _Command:
     def _run(self, previous: Path | None, log: RunLog | None) -> str:
         """The rounds that are left, and the floor; returns the result as a JSON text."""
         self.console.print(f"{self.options.config}: preparing ...")
+        if self.options.in_process:  # torch reads it when it is imported
+            os.environ.update(self.experiment.runtime.environment)
         # These take seconds to import; a wrong configuration is refused before.
         from fedlpp_ray.federation import Federation, checkpoint, preflight
         from fedlpp_ray.federation.results import result, to_json
@@ -138,13 +141,19 @@ class _Command:
     def _backend(self) -> Iterator[Any]:
         if self.options.in_process:
             from fedlpp_ray.federation import in_process as here
+            from fedlpp_ray.federation.peaks import in_process_line, remember_peaks
+            from fedlpp_ray.training import process_peak
 
+            self.console.print(in_process_line(self.experiment))
             yield here.in_process(self.experiment)
+            remember_peaks(self.experiment, {"process": process_peak()})
             return
         from fedlpp_ray.runtime import connect, ray_backend, reserve
+        from fedlpp_ray.runtime.plan import show_plan
 
-        with connect():
+        with connect(self.experiment.runtime):
             self.stop.listen()  # Ray has put a handler of its own in place
+            show_plan(self.experiment, self.console)
             with (
                 reserve(self.experiment) as group,
                 closing(ray_backend(self.experiment, group)) as backend,

@@ -49,6 +49,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     from fedlpp_ray.federation import preflight
     from fedlpp_ray.runtime import connect
     from fedlpp_ray.runtime.callbacks import MlflowCallback, ProgressCallback
+    from fedlpp_ray.runtime.plan import show_plan
     from fedlpp_ray.runtime.space import load_space
     from fedlpp_ray.runtime.sweep import run_sweep
     from fedlpp_ray.tracking.mlflow_runs import Tracker, default_uri
@@ -63,7 +64,9 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{space.name}: {space.total} trials, storage {options.storage}")
     progress = ProgressCallback(space.total, space.keys)
     log = MlflowCallback(uri, space.name, space.base, space.keys, local / "mlartifacts")
-    with connect():
+    with connect(space.base.runtime):
+        at_once = space.tune_config.max_concurrent_trials or space.total
+        show_plan(space.base, console, most_trials=min(at_once, space.total))
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])
     _show(space, outcomes, local / space.name, tracker, console)

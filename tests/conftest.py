@@ -22,6 +22,15 @@ def one_thread() -> Iterator[None]:
     return
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_peaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure is not remembered for the runs of whoever tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("peaks")
+        patch.setattr("fedlpp_ray.federation.peaks.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -79,3 +79,16 @@ class RuntimeConfig(Section):
                 f"runtime.client_actors = {self.client_actors}"
             )
         return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process that computes, set before it imports torch."""
+        pools = ("OMP", "MKL", "OPENBLAS", "RAYON")
+        return {f"{pool}_NUM_THREADS": str(self.threads) for pool in pools} | {
+            # Threads that spin while they wait take the cores from the actors that work.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+            # cuBLAS is deterministic only with a fixed workspace, set before CUDA starts.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "TOKENIZERS_PARALLELISM": "false",
+        }

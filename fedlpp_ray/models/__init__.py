@@ -18,27 +18,41 @@ from fedlpp_ray.models.loading import (
     load_outline,
     load_tokenizer,
 )
+from fedlpp_ray.models.memory import (
+    activation_bytes,
+    cache_bytes,
+    layer_bytes,
+    logits_bytes,
+    quantized_bytes,
+    weight_bytes,
+)
 from fedlpp_ray.models.packed import PackedLinear
 
 __all__ = [
     "BaseFormatError",
     "LayersError",
     "PackedLinear",
+    "activation_bytes",
+    "cache_bytes",
     "check_base",
     "check_text",
     "emulated_layers",
     "emulator_bytes",
     "head_modules",
+    "layer_bytes",
     "load_classifier",
     "load_emulator",
     "load_generator",
     "load_outline",
     "load_tokenizer",
+    "logits_bytes",
     "make_emulator",
     "modules_named",
     "no_repeat",
     "outer_layers",
     "quantize_base",
+    "quantized_bytes",
     "trained_modules",
+    "weight_bytes",
     "within",
 ]

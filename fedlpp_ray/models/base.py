@@ -26,7 +26,7 @@ def check_base(model: nn.Module, config: ClientConfig, modules_to_save: Sequence
         BaseFormatError: bitsandbytes is not installed, or cannot store a layer of this width.
     """
     if config.base_bits != FULL_PRECISION and config.base_format == "bitsandbytes":
-        bnb.check(_linears(model, modules_to_save), config.base_bits)
+        bnb.check(linears(model, modules_to_save), config.base_bits)
 
 
 def quantize_base(
@@ -50,15 +50,15 @@ def quantize_base(
     check_base(model, config, modules_to_save)
     if config.base_bits == FULL_PRECISION:
         return model
-    linears = _linears(model, modules_to_save)
+    layers = linears(model, modules_to_save)
     if config.base_format == "bitsandbytes":
         double = config.base_scale == "double"
-        for name, linear in linears.items():
+        for name, linear in layers.items():
             quantized = bnb.quantize_linear(linear, config.base_bits, double=double)
             model.set_submodule(name, quantized)
         return bnb.mark_quantized(model, config.base_bits)
     quantizer = Quantizer(config.base_bits, config.base_kind, config.base_block, config.base_scale)
-    for name, linear in linears.items():
+    for name, linear in layers.items():
         if config.dequantize_at_load:
             dense = quantizer.quantize(linear.weight).dequantize()
             linear.weight = nn.Parameter(dense, requires_grad=False)
@@ -68,8 +68,13 @@ def quantize_base(
     return model
 
 
-def _linears(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers to quantize by name; a Conv1D as a linear layer that shares its tensors."""
+def linears(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers to quantize by name; a Conv1D as a linear layer that shares its tensors.
+
+    Args:
+        model: As `quantize_base`; or its outline.
+        modules_to_save: As `quantize_base`.
+    """
     kept = [*head_modules(model), *modules_named(model, modules_to_save)]
     return {
         name: _as_linear(module) if isinstance(module, Conv1D) else module

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.config import Experiment
@@ -125,7 +127,13 @@ class RayBackend:
             attempts=runtime.attempts,
             timeout=runtime.start_timeout,
             needs=in_words(client_bundle(self._experiment)),
+            advise=self._advise,
         )
+
+    def _advise(self, error: BaseException) -> str:
+        from fedlpp_ray.federation.footprint import out_of_memory_advice  # takes seconds
+
+        return out_of_memory_advice(self._experiment, error)
 
     def _start(self, slot: Slot) -> tuple[Any, Any]:
         """A client actor in its bundle, or, beyond those reserved, wherever there is room."""
@@ -207,7 +215,9 @@ class RayBackend:
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
         answer = self._client_job("floor", lambda actor: actor.call.remote("measure_floor"))
-        return self._wait_for(answer)  # type: ignore[no-any-return]
+        floor: Floor = self._wait_for(answer)
+        self._remember_peaks()
+        return floor
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""
@@ -225,6 +235,15 @@ class RayBackend:
         self.server.end()
         self.server.renew(self._experiment)
         self.server.wait()
+
+    def _remember_peaks(self) -> None:
+        """Keep the actors' peaks of memory for the plans of later runs."""
+        from fedlpp_ray.federation.peaks import remember_peaks  # takes seconds
+
+        peaks = [slot.actor.peak.remote() for slot in self.pool.working]
+        with suppress(RayError):
+            server, *clients = ray.get([self.server.actor.peak.remote(), *peaks], timeout=10)
+            remember_peaks(self._experiment, {"server": server, "client": max(clients)})
 
     def close(self) -> None:
         """End the actors."""

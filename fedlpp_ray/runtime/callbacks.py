@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
-from fedlpp_ray.runtime.nodes import what_is_missing
 from fedlpp_ray.runtime.placement import PlacementError
 from fedlpp_ray.runtime.space import values_of
+from fedlpp_ray.runtime.watch import what_is_missing
 from fedlpp_ray.tracking.metrics import (
     PROTECTION,
     ROUND,

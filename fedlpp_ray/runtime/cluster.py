@@ -10,18 +10,8 @@ from contextlib import contextmanager
 
 import ray
 
+from fedlpp_ray.config import RuntimeConfig
 from fedlpp_ray.errors import UserError
-
-ENVIRONMENT = {
-    # Threads that spin while they wait take the cores from the actors that work.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
-    # cuBLAS is deterministic only with a fixed workspace, set before CUDA starts.
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""Set in every actor."""
-
 
 CONNECT_SECONDS = 10.0
 
@@ -31,11 +21,14 @@ class ClusterError(UserError):
 
 
 @contextmanager
-def connect() -> Iterator[None]:
+def connect(runtime: RuntimeConfig | None = None) -> Iterator[None]:
     """A Ray cluster for the time of the block.
 
     The one that RAY_ADDRESS names (a submitted job has it), or else a private one on this machine,
-    which ends with the block.
+    which ends with the block. Every process of the job has `runtime.environment` from its start.
+
+    Args:
+        runtime: Threads of each actor; of a sweep those of its base.
 
     Raises:
         ClusterError: no cluster answers at RAY_ADDRESS.
@@ -45,7 +38,7 @@ def connect() -> Iterator[None]:
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": (runtime or RuntimeConfig()).environment},
             log_to_driver=False,
             logging_level=logging.ERROR,
             **({"include_dashboard": False} if address == "local" else {}),

@@ -48,6 +48,12 @@ class Party:
         gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(context.get_node_id(), tuple(map(str, gpus)))
 
+    def peak(self) -> int:
+        """Peak memory of this process, in bytes: of its GPU once it uses one."""
+        from fedlpp_ray.training import process_peak
+
+        return process_peak()
+
     def answer(self) -> None:
         """Be there."""
 

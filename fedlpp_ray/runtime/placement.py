@@ -59,7 +59,7 @@ def check_fits(needed: list[Bundle]) -> None:
     Raises:
         PlacementError: stating what is required and what is available.
     """
-    limits, nodes = _limits(len(needed))
+    most, nodes = limits(len(needed))
     required: Bundle = {}
     for bundle in needed:
         if not any(_holds(node, bundle) for node in nodes):
@@ -73,10 +73,10 @@ def check_fits(needed: list[Bundle]) -> None:
         required[resource] = units / _UNITS
     server, *clients = needed
     for resource, amount in required.items():
-        if amount > limits.get(resource, 0):
+        if amount > most.get(resource, 0):
             raise PlacementError(
                 f"the run requires {amount:g} {resource} (1 server and {len(clients)} client "
-                f"actors); the cluster has {limits.get(resource, 0):g}. {_ADVICE}"
+                f"actors); the cluster has {most.get(resource, 0):g}. {_ADVICE}"
             )
     if not clients:
         return
@@ -136,7 +136,7 @@ def in_words(bundle: Bundle) -> str:
     return " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
 
 
-def _limits(wanted: int) -> tuple[Bundle, list[Bundle]]:
+def limits(wanted: int) -> tuple[Bundle, list[Bundle]]:
     """Most that the cluster can ever have in total, and the nodes that it has or may start.
 
     Of a kind of node that may be started, no more are listed than `wanted`.

@@ -15,10 +15,10 @@ from ray.exceptions import RayError, RayTaskError
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.runtime.jobs import Job, Queue, Refs
-from fedlpp_ray.runtime.nodes import draining, what_is_missing
 from fedlpp_ray.runtime.party import Place
 from fedlpp_ray.runtime.placement import PlacementError
 from fedlpp_ray.runtime.reactor import Reactor
+from fedlpp_ray.runtime.watch import draining, what_is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Pool:
         attempts: How often a job, or in a row the start of an actor, is tried.
         timeout: Seconds without any actor that works after which the pool gives up.
         needs: What one actor needs, in words.
+        advise: Says what to do where memory is too small.
 
     Attributes:
         reactor: Serves their results.
@@ -76,9 +77,11 @@ class Pool:
         attempts: int,
         timeout: float,
         needs: str,
+        advise: Callable[[BaseException], str],
     ) -> None:
         self.reactor, self._begin = reactor, begin
         self._attempts, self._timeout, self._needs = attempts, timeout, needs
+        self._advise = advise
         self._last_fault = "none has started"
         self.slots = [Slot(number) for number in range(size)]
         self.begin()
@@ -236,7 +239,8 @@ class Pool:
         """Once, give half of the actors on a device the memory of all."""
         sharing = [s for s in self.working if s.place == slot.place]
         if self._packed_less or len(sharing) < 2:
-            raise OutOfMemoryError(job.name, len(sharing), error)
+            advice = self._advise(getattr(error, "cause", None) or error)
+            raise OutOfMemoryError(f"{job.name}, one of {len(sharing)} actors there: {advice}")
         self._packed_less = True
         kept = len(sharing) // 2
         logger.warning(
@@ -261,13 +265,6 @@ class Pool:
 
 class OutOfMemoryError(UserError):
     """A client does not fit into the memory of its device."""
-
-    def __init__(self, name: str, sharing: int, error: RayError) -> None:
-        super().__init__(
-            f"{name} ran out of memory with {sharing} actors on its device: lower "
-            "client.batch_size, task.max_length or client.base_bits, or give an actor more "
-            f"(runtime.client_gpus, fewer runtime.client_actors): {in_words(error)}"
-        )
 
 
 def _is_out_of_memory(error: RayError) -> bool:

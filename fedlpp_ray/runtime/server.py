@@ -12,10 +12,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.loop import ServerLost
-from fedlpp_ray.runtime.nodes import what_is_missing
 from fedlpp_ray.runtime.party import Party
 from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_bundle
 from fedlpp_ray.runtime.reactor import Reactor
+from fedlpp_ray.runtime.watch import what_is_missing
 
 
 class ServerActor:

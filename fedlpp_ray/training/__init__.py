@@ -1,7 +1,12 @@
 """Local training and evaluation on one device. No Ray."""
 
 from fedlpp_ray.training.decoding import write
-from fedlpp_ray.training.device import compute_dtype, computing, configure_torch
+from fedlpp_ray.training.device import (
+    compute_dtype,
+    computing,
+    configure_torch,
+    process_peak,
+)
 from fedlpp_ray.training.distill import distill
 from fedlpp_ray.training.evaluation import (
     Evaluator,
@@ -41,6 +46,7 @@ __all__ = [
     "generation_evaluator",
     "next_server_variate",
     "predictions",
+    "process_peak",
     "schedule_factor",
     "smoothed_loss",
     "whole_descent",

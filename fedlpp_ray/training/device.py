@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+import resource
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,7 +55,9 @@ def has_bf16(kind: str) -> bool:
 def configure_torch(threads: int, gpus: float) -> torch.device:
     """Fix the thread count, ask for deterministic kernels, and choose the device.
 
-    A share of a GPU is only bookkeeping for Ray; here it becomes a cap on this process's memory.
+    The thread count holds in every thread of the process that computes after this call. Threads
+    between operations are not used here, and limited to one. A share of a GPU is only bookkeeping
+    for Ray; here it becomes a cap on this process's memory.
 
     Args:
         threads: Torch threads; sums in another number of threads may give other bits.
@@ -63,6 +67,8 @@ def configure_torch(threads: int, gpus: float) -> torch.device:
         UserError: a GPU is asked for and CUDA is not available.
     """
     torch.set_num_threads(threads)
+    with suppress(RuntimeError):  # it can be set once in a process, before work is split
+        torch.set_num_interop_threads(1)
     if not gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -75,3 +81,19 @@ def configure_torch(threads: int, gpus: float) -> torch.device:
     if gpus < 1:
         torch.cuda.set_per_process_memory_fraction(gpus)
     return torch.device("cuda")
+
+
+def process_peak() -> int:
+    """Bytes that this process has needed at most: of its GPU if it uses one, else of the machine.
+
+    On a GPU: what torch's allocator reserved, without CUDA's own context. On the CPU: the largest
+    resident set, in which pages of mapped files count although processes share them.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_reserved()
+    # A process that was just started reports its parent's in ru_maxrss; this is its own.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -200,6 +200,7 @@ def test_a_hung_client_is_late_after_the_deadline_of_the_clock(
         (record,) = finished_rounds(fresh)
     finally:
         os.kill(pid, signal.SIGKILL)
+        backend._experiment = experiment
     late = [c for c in record.clients if c.fault]
     assert [c.fault.kind for c in late if c.fault] == ["late"]
     assert "runtime.round_deadline" in str(late[0].fault)
@@ -224,7 +225,7 @@ def test_out_of_memory_leaves_half_of_the_actors_on_the_device(
     assert left.room == 2.0
     # The second time there is nobody left to make room.
     party(left.actor, exhaust)
-    with pytest.raises(OutOfMemoryError, match=r"ran out of memory with 1 actor.*batch_size"):
+    with pytest.raises(OutOfMemoryError, match=r"one of 1 actors there: out of memory.*batch_size"):
         run(experiment, backend)
 
 

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from fedlpp_ray.assets import AssetError
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.config import Experiment, RuntimeConfig
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.in_process import InProcess, in_process
 from fedlpp_ray.runtime import (
@@ -303,3 +303,17 @@ def test_a_run_that_is_no_federation_is_one_actor(
             checkpoint.restore(federation, tmp_path)
             list(federation.run())
             assert numbers(federation.history) == expected
+
+
+def test_every_process_has_its_environment_from_its_start() -> None:
+    """Libraries read it when they are imported, so setting it later would not do."""
+
+    @ray.remote(num_cpus=0.5)
+    def environment() -> dict[str, str]:
+        items = Path("/proc/self/environ").read_text(encoding="utf-8").split("\0")
+        return dict(item.split("=", 1) for item in items if "=" in item)
+
+    expected = RuntimeConfig().environment
+    assert expected["OMP_NUM_THREADS"] == "1"
+    assert expected["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert expected.items() <= ray.get(environment.remote()).items()

@@ -1,0 +1,216 @@
+"""Memory that a party will need, estimated before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.config import FULL_PRECISION, Experiment
+from fedlpp_ray.lora import add_adapter, add_residuals
+from fedlpp_ray.models import (
+    activation_bytes,
+    cache_bytes,
+    layer_bytes,
+    load_outline,
+    logits_bytes,
+    make_emulator,
+    modules_named,
+    quantized_bytes,
+    trained_modules,
+    weight_bytes,
+)
+
+Role = Literal["server", "client", "process"]
+"""A server, a client host, or both of them in one process."""
+
+MIB = 1 << 20
+PROCESS = 512 * MIB
+"""A process on the CPU with torch, transformers, PEFT, a tokenizer and texts: measured, 480 to
+560 MiB of which the imports are 435 (torch 2.13, Python 3.11). Large corpora come on top."""
+CUDA_CONTEXT = 512 * MIB
+"""What CUDA keeps of a card for each process outside of torch's allocator: about half a GiB."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one party at its peak. On a GPU all but `process` and `loading` are the card's.
+
+    Attributes:
+        process: The process itself, `PROCESS`.
+        loading: W0 in fp32, in host memory, as it is read. On the CPU its pages stay mapped: they
+            count in every process, but processes of one node share them.
+        weights: What the base has beside W0's pages: packed or dequantized layers; on a GPU all
+            that is moved there, in the base's format.
+        trained: Of t trained numbers in fp32: themselves, gradients, the optimizer's moments (two
+            of adamw, one of momentum), and copies as states; of the server copies of the cohort's
+            updates too. With residuals, they are state as well.
+        training: Activations and logits of a step of client.batch_size texts of full length.
+        evaluation: One layer's activations and the logits of evaluation.batch_size texts of full
+            length, and the keys and values of a search.
+        on_gpu: Whether the party has a share of a GPU.
+    """
+
+    process: int
+    loading: int
+    weights: int
+    trained: int
+    training: int
+    evaluation: int
+    on_gpu: bool
+
+    @property
+    def certain(self) -> int:
+        """What is there however short the texts are, on the device that computes."""
+        return self.weights + self.trained + (0 if self.on_gpu else self.process + self.loading)
+
+    @property
+    def peak(self) -> int:
+        """On the device that computes. Training and evaluation do not come together."""
+        return self.certain + max(self.training, self.evaluation)
+
+    @property
+    def host_certain(self) -> int:
+        """Of `certain`, and of what is loaded on the way to a GPU, what takes a node's memory."""
+        return self.process + self.loading if self.on_gpu else self.certain
+
+    @property
+    def host(self) -> int:
+        """Of the node's memory."""
+        return self.host_certain if self.on_gpu else self.peak
+
+    def words(self) -> str:
+        """The terms in MiB."""
+        work = max(self.training, self.evaluation)
+        terms = {
+            "process": 0 if self.on_gpu else self.process,
+            "weights": self.weights + (0 if self.on_gpu else self.loading),
+            "trained": self.trained,
+            "training" if work == self.training else "evaluation": work,
+        }
+        return " + ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items() if size) + (
+            " MiB"
+        )
+
+
+def estimate(experiment: Experiment, role: Role) -> Footprint:
+    """The footprint of a party, from the outline of its model; no weight is read.
+
+    It is an upper bound where texts are shorter than task.max_length, and it knows nothing of the
+    kernels' own workspace.
+
+    Raises:
+        AssetError, LoraError, LayersError: as the preflight check.
+    """
+    if role == "process" and experiment.method == "federated":
+        return _together(estimate(experiment, "server"), estimate(experiment, "client"))
+    trains = role == "client" or experiment.method != "federated"
+    on_gpu = bool(
+        experiment.runtime.client_gpus if role == "client" else experiment.runtime.server_gpus
+    )
+    # Two classes: how many there are makes no difference here, and the data need not be read.
+    classes = 2 if experiment.task.kind == "classification" else None
+    base = load_outline(experiment.model, classes)
+    loading = weight_bytes(base)
+    if trains and experiment.method != "centralised":  # it has what clients have
+        if experiment.emulator.kind != "none":
+            base = make_emulator(base, experiment.emulator, experiment.adapter.outer)
+        whole = modules_named(base, experiment.lora.modules_to_save)
+        whole += trained_modules(base, experiment.adapter)
+        dense, stored = quantized_bytes(base, experiment.client, whole)
+    else:
+        dense, stored = 0, 0
+    full = weight_bytes(base)
+    return Footprint(
+        process=PROCESS,
+        loading=loading,
+        weights=full - dense + stored if on_gpu else stored,
+        training=_training(base, experiment) if trains else 0,
+        evaluation=_evaluation(base, experiment),
+        trained=_trained(base, experiment, trains=trains),
+        on_gpu=on_gpu,
+    )
+
+
+def _together(server: Footprint, client: Footprint) -> Footprint:
+    """Both parties in one process; they work in turn, and share W0's pages."""
+    return Footprint(
+        process=PROCESS,
+        loading=max(server.loading, client.loading),
+        weights=server.weights + client.weights,
+        trained=server.trained + client.trained,
+        training=client.training,
+        evaluation=max(server.evaluation, client.evaluation),
+        on_gpu=client.on_gpu,
+    )
+
+
+def _length(experiment: Experiment) -> int:
+    """Tokens of the longest text."""
+    generates, adapter = experiment.task.kind == "generation", experiment.adapter
+    written = experiment.generation.max_new_tokens if generates else 0
+    prompt = adapter.tokens if adapter.kind == "prompt" else 0
+    return experiment.task.max_length + written + prompt
+
+
+def _training(base: nn.Module, experiment: Experiment) -> int:
+    batch = experiment.client.batch_size, _length(experiment)
+    return activation_bytes(base, *batch) + logits_bytes(base, *batch)
+
+
+def _evaluation(base: nn.Module, experiment: Experiment) -> int:
+    rows = min(experiment.evaluation.batch_size, experiment.task.held_out)
+    length, generation = _length(experiment), experiment.generation
+    likelihood = layer_bytes(base, rows, length) + logits_bytes(base, rows, length)
+    if experiment.task.kind == "classification" or generation.examples == 0:
+        return likelihood
+    searched = max(1, rows // generation.beams) * generation.beams
+    return max(likelihood, cache_bytes(base, searched, length) + logits_bytes(base, searched, 1))
+
+
+_STATES = 4
+"""Copies of a party's state at once: as it began, received, after training, as a message."""
+_MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+def _trained(base: nn.Module, experiment: Experiment, *, trains: bool) -> int:
+    """Bytes of what is trained, with its gradients, moments and copies. `base` gets an adapter."""
+    model = add_adapter(base, experiment.adapter, experiment.lora, seed=0)
+    method = find_method(experiment.server.aggregation)
+    if method.writes_base and (not trains or experiment.server.send_residual):
+        add_residuals(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    residuals = sum(b.numel() for n, b in model.named_buffers() if n.endswith(".residual"))
+    copies = _STATES
+    if trains:
+        copies += 1 + _MOMENTS[experiment.client.optimizer]
+    else:  # every update is held twice: as it came, and decoded
+        copies += 2 * experiment.federation.cohort_size
+    return 4 * (trained * (1 + copies) + residuals * (1 + _STATES))
+
+
+def out_of_memory_advice(experiment: Experiment, error: BaseException) -> str:
+    """One line for a party that ran out of memory: what it met, and which keys to change.
+
+    Args:
+        experiment: What was run.
+        error: For instance torch.OutOfMemoryError, or what tells that a process was killed.
+    """
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    runtime, client = experiment.runtime, experiment.client
+    lower = [
+        f"client.batch_size ({client.batch_size})",
+        f"evaluation.batch_size ({experiment.evaluation.batch_size})",
+        f"task.max_length ({experiment.task.max_length})",
+        f"runtime.client_actors ({runtime.client_actors})",
+    ]
+    if client.base_bits == FULL_PRECISION or client.dequantize_at_load:
+        lower.insert(0, "the client's base (client.base_bits=4 client.dequantize_at_load=false)")
+    advice = f"out of memory: {first.rstrip('. ')}. Lower {', '.join(lower)}"
+    shares = {"client_gpus": runtime.client_gpus, "server_gpus": runtime.server_gpus}
+    capped = [f"runtime.{key} ({share:g})" for key, share in shares.items() if 0 < share < 1]
+    if capped:
+        advice += f"; or raise {' and '.join(capped)}: a share of a GPU caps its actor's memory"
+    return advice

@@ -1,0 +1,228 @@
+"""Memory that a party needs: estimated, compared with what a process really takes, remembered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation import footprint, peaks
+from fedlpp_ray.federation.footprint import estimate, out_of_memory_advice
+from fedlpp_ray.federation.peaks import (
+    expected_peak,
+    in_process_line,
+    known_peaks,
+    remember_peaks,
+)
+from fedlpp_ray.models import (
+    activation_bytes,
+    load_classifier,
+    load_outline,
+    quantize_base,
+    quantized_bytes,
+)
+from tests import tiny
+
+MEASURE = """
+import sys
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.client import ClientHost
+from fedlpp_ray.federation.server import Server
+from fedlpp_ray.training import process_peak
+experiment = Experiment.model_validate_json(sys.stdin.read())
+server = Server(experiment)
+broadcast = server.encode_broadcast(1, [0])
+host = ClientHost(experiment)
+host.train(1, 0, broadcast)
+host.evaluate(2, server.encode_broadcast(2, [0]))
+print(process_peak())
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(peaks, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [(64, 2), (384, 6)], ids=["tiny", "as wide and deep as MiniLM"])
+def test_the_estimate_is_near_what_a_process_takes(
+    tiny_experiment: Experiment, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    model = tiny.make_model(tmp_path, hidden=size[0], layers=size[1])
+    experiment = tiny_experiment.with_values(
+        {"model.name": str(model), "client.batch_size": 64, "evaluation.batch_size": 64}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        input=experiment.model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    ratio = estimate(experiment, "process").peak / int(done.stdout.split()[-1])
+    assert 0.7 < ratio < 1.6
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"base_bits": 4},
+        {"base_bits": 3, "base_scale": "fp16", "base_block": 32},
+        {"base_bits": 2, "base_scale": "double", "base_kind": "int", "base_block": 256},
+        {"base_bits": 8, "dequantize_at_load": True},
+        {"base_bits": 32},
+    ],
+    ids=str,
+)
+def test_a_quantized_base_takes_what_is_said(
+    tiny_experiment: Experiment, values: dict[str, object]
+) -> None:
+    experiment = tiny_experiment.with_values({f"client.{k}": v for k, v in values.items()})
+    outline = load_outline(experiment.model, 3)
+    dense, stored = quantized_bytes(outline, experiment.client)
+    model = load_classifier(experiment.model, 3, 0, 0)
+    before = _bytes(model)
+    after = _bytes(quantize_base(model, experiment.client))
+    # Codebooks and the groups of double scales are not counted.
+    assert after - before == pytest.approx(stored - dense, rel=0.02)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(
+        tensor.nbytes
+        for tensor in tensors
+        if tensor.is_floating_point() or tensor.dtype == torch.uint8
+    )
+
+
+def test_activations_bound_what_a_step_keeps(tiny_experiment: Experiment) -> None:
+    """Counted by torch, as what is saved for the backward pass."""
+    from fedlpp_ray.lora import add_adapter
+
+    base = load_classifier(tiny_experiment.model, 3, 0, 0)
+    expected = activation_bytes(base, 8, 16)
+    model = add_adapter(base, tiny_experiment.adapter, tiny_experiment.lora, 0).train()
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
+    }
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.randint(5, 20, (8, 16))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(8, dtype=int))
+    counted = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in own)
+    assert 0.5 * expected < counted < 1.1 * expected
+
+
+def test_each_key_moves_its_own_term(tiny_experiment: Experiment) -> None:
+    before = estimate(tiny_experiment, "client")
+    rank = estimate(tiny_experiment.with_values({"lora.rank": 16}), "client")
+    assert rank.trained > before.trained
+    assert rank.training == before.training
+    batch = estimate(tiny_experiment.with_values({"client.batch_size": 80}), "client")
+    assert batch.training == 10 * before.training
+    assert batch.trained == before.trained
+    wide = {"evaluation.batch_size": 40}
+    assert estimate(tiny_experiment.with_values(wide), "client").evaluation < before.evaluation
+    cohort = tiny_experiment.with_values({"federation.client_fraction": 1.0})
+    assert estimate(cohort, "server").trained > estimate(tiny_experiment, "server").trained
+    assert estimate(tiny_experiment, "server").training == 0
+
+
+def test_residuals_and_emulators_count(tiny_experiment: Experiment) -> None:
+    exact = tiny_experiment.with_values({"server.aggregation": "fedex-lora"})
+    assert estimate(exact, "server").trained > estimate(tiny_experiment, "server").trained
+    assert estimate(exact, "client").trained == estimate(tiny_experiment, "client").trained
+    gpu = tiny_experiment.with_values({"runtime.client_gpus": 0.5})
+    shared = gpu.with_values({"emulator.kind": "shared-layer"})
+    assert estimate(shared, "client").weights < estimate(gpu, "client").weights
+
+
+def test_on_a_gpu_the_process_is_the_hosts(tiny_experiment: Experiment) -> None:
+    found = estimate(tiny_experiment.with_values({"runtime.client_gpus": 0.5}), "client")
+    here = estimate(tiny_experiment, "client")
+    assert found.weights == here.loading
+    assert found.peak == here.peak - footprint.PROCESS
+    assert found.host == footprint.PROCESS + here.loading
+
+
+def test_a_generator_counts_its_logits(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    values = {
+        "model.name": str(tiny.make_generator(tmp_path)),
+        "task.name": "generation",
+        "task.prompt": "{label}",
+        "task.target": "{text}",
+        "generation.max_new_tokens": 8,
+    }
+    experiment = tiny_experiment.with_values(values)
+    base = load_outline(experiment.model, None)
+    vocabulary = base.config.vocab_size
+    logits = estimate(experiment, "client").training - activation_bytes(base, 8, 16 + 8)
+    assert logits == 4 * 4 * 8 * (16 + 8) * vocabulary
+
+
+def test_measured_comes_before_estimated(cache: Path, tiny_experiment: Experiment) -> None:
+    assert known_peaks(tiny_experiment) == {}
+    assert "estimated: process 512" in in_process_line(tiny_experiment)
+    remember_peaks(tiny_experiment, {"client": 5 << 30})
+    remember_peaks(tiny_experiment, {"client": 3 << 30, "process": 7 << 30})
+    assert known_peaks(tiny_experiment) == {"client": 5 << 30, "process": 7 << 30}
+    found = expected_peak(tiny_experiment, "client")
+    assert (found.size, found.why()) == (5 << 30, "measured in an earlier run")
+    assert not expected_peak(tiny_experiment, "server").measured
+    line = "placement one process, 1 thread, about 7.0 GiB (measured in an earlier run)"
+    assert in_process_line(tiny_experiment) == line
+    # What memory does not depend on.
+    same = {"seed": 3, "client.lr": 0.5, "federation.rounds": 9, "runtime.client_actors": 1}
+    assert known_peaks(tiny_experiment.with_values(same))
+    for key, value in {
+        "client.batch_size": 4,
+        "lora.rank": 2,
+        "client.base_bits": 4,
+        "task.max_length": 8,
+        "runtime.client_gpus": 1.0,
+        "evaluation.batch_size": 3,
+    }.items():
+        assert known_peaks(tiny_experiment.with_values({key: value})) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"client": null}', "nonsense"])
+def test_a_spoilt_note_is_none(cache: Path, tiny_experiment: Experiment, text: str) -> None:
+    remember_peaks(tiny_experiment, {"client": 1})
+    (note,) = (cache / "peaks").iterdir()
+    note.write_text(text)
+    assert known_peaks(tiny_experiment) == {}
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    cache: Path, tiny_experiment: Experiment
+) -> None:
+    (cache / "peaks").write_text("a file")
+    remember_peaks(tiny_experiment, {"client": 1})
+    assert known_peaks(tiny_experiment) == {}
+
+
+def test_the_advice_names_keys_that_can_help(tiny_experiment: Experiment) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    full = out_of_memory_advice(tiny_experiment, error)
+    assert full.startswith("out of memory: CUDA out of memory. Tried to allocate 2 GiB. Lower ")
+    assert "client.base_bits=4" in full
+    assert "client.batch_size (8)" in full
+    assert "client_gpus" not in full
+    values = {"client.base_bits": 4, "runtime.client_gpus": 0.25}
+    shared = out_of_memory_advice(tiny_experiment.with_values(values), MemoryError())
+    assert shared.startswith("out of memory: MemoryError. ")
+    assert "client.base_bits=4" not in shared
+    assert "raise runtime.client_gpus (0.25)" in shared
+    assert "\n" not in full + shared
