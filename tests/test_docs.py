@@ -23,7 +23,7 @@ def test_the_example_of_ones_own_method_runs_in_a_search(
     blocks = re.findall(
         r"```python\n# (\w+\.py)\n(.*?)```", (DOCS / "methods.md").read_text(), re.S
     )
-    assert [name for name, _ in blocks] == ["median.py", "space.py"]
+    assert [name for name, _ in blocks] == ["clipped.py", "median.py", "space.py"]
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     values = {"federation.rounds": 1, "federation.local_steps": 2, "runtime.client_actors": 1}
@@ -32,7 +32,9 @@ def test_the_example_of_ones_own_method_runs_in_a_search(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert tune.main(["space.py", "--storage", "out"]) == 0
-    assert "median:MEDIAN" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "clipped:CLIPPED" in told
+    assert "median:MEDIAN" in told
 
 
 def test_every_method_is_in_the_table() -> None:

@@ -43,8 +43,9 @@ def test_at_full_precision_bit_for_bit(tiny_experiment: Experiment, rule: str) -
 
 def test_uniform_weights_bit_for_bit_and_uneven_shares(tiny_experiment: Experiment) -> None:
     """The project divides by the sum of the weights at the end, and the reference divides each
-    weight: where shares are uneven a mean differs in float64's last bit, and seldom in fp32's."""
-    for weighting, tolerance in (("uniform", 0), ("examples", 1e-7)):
+    weight: where shares are uneven a mean differs in float64's last bit, so that an entry is seldom
+    another fp32 number, which local training carries on."""
+    for weighting, tolerance in (("uniform", 0), ("examples", 1e-6)):
         values = {
             "downlink.bits": 32,
             "federation.partition": "dirichlet",

@@ -143,7 +143,8 @@ def hostile_json(rng: random.Random, payload: bytes) -> bytes:
     depth = rng.choice([10, 500, 990, 5000])
     text = rng.choice(
         ["[" * depth, "[" * depth + "]" * depth, '{"a":' * depth,
-         '{"a":' * depth + "1" + "}" * depth, "9" * depth, "null", "[]", "{}", '"x"', "true", "NaN", "-" * depth, "\x00" * depth,
+         '{"a":' * depth + "1" + "}" * depth, "9" * depth, "null", "[]", "{}", '"x"', "true",
+         "NaN", "-" * depth, "\x00" * depth,
          '{"__metadata__":{"fedlpp":"' + "[" * depth + '"}}', '{"__metadata__":{"fedlpp":1}}',
          '{"__metadata__":[]}', '{"__metadata__":{"fedlpp":"{}"}}', "\ud800", "\ufeff{}"]
     )  # fmt: skip
@@ -225,7 +226,8 @@ def odd_values(rng: random.Random, payload: bytes) -> bytes:
     floats = [n for n in tensors if tensors[n].is_floating_point() and tensors[n].numel()]
     name = rng.choice(floats)
     values = [math.nan, math.inf, -math.inf]
-    values += [-1.0, -1e-3, 6e4] if ":" in name else [1e4, -1e30, 3e38]
+    values += [-1.0, -1e-3] if ":" in name else [1e4, -1e30, 3e38]
+    values += [6e4] if name.endswith(":scales") else []
     flat = tensors[name].reshape(-1)
     flat[rng.randrange(len(flat))] = rng.choice(values)
     return safetensors.torch.save(tensors, {"fedlpp": json.dumps(header)})
