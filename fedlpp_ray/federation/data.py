@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
-from fedlpp_ray.models import load_classifier, load_generator, load_tokenizer
+from fedlpp_ray.models import Base, load_tokenizer, share_base
 from fedlpp_ray.tasks import Encoded, Prompts, Wording, encode, load_task, share_out
 from fedlpp_ray.training import Evaluator, classification_evaluator, generation_evaluator
 
@@ -85,6 +85,9 @@ def load_base(experiment: Experiment, text: FederatedText) -> nn.Module:
     Raises:
         AssetError: as `load_classifier` and `load_generator`.
     """
-    if text.classes is None:
-        return load_generator(experiment.model, text.pad)
-    return load_classifier(experiment.model, text.classes, text.pad, experiment.seed)
+    return share_base(base_of(experiment, text), ClientConfig())
+
+
+def base_of(experiment: Experiment, text: FederatedText) -> Base:
+    """Which model W0 that is."""
+    return Base(experiment.model, text.classes, text.pad, experiment.seed)

@@ -15,12 +15,15 @@ from fedlpp_ray.models.loading import (
     check_text,
     load_classifier,
     load_generator,
-    load_outline,
     load_tokenizer,
+    model_identity,
 )
+from fedlpp_ray.models.outline import load_outline
 from fedlpp_ray.models.packed import PackedLinear
+from fedlpp_ray.models.shared import Base, share_base
 
 __all__ = [
+    "Base",
     "BaseFormatError",
     "LayersError",
     "PackedLinear",
@@ -35,10 +38,12 @@ __all__ = [
     "load_outline",
     "load_tokenizer",
     "make_emulator",
+    "model_identity",
     "modules_named",
     "no_repeat",
     "outer_layers",
     "quantize_base",
+    "share_base",
     "trained_modules",
     "within",
 ]
