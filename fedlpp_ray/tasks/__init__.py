@@ -8,6 +8,7 @@ from fedlpp_ray.tasks.batches import (
     encode,
     evaluation_batches,
 )
+from fedlpp_ray.tasks.corpus import Corpus, load_corpus
 from fedlpp_ray.tasks.examples import Examples, Prompts, Task, TaskError
 from fedlpp_ray.tasks.metrics import (
     MEASURES,
@@ -19,6 +20,7 @@ from fedlpp_ray.tasks.metrics import (
 from fedlpp_ray.tasks.partition import Partition, partition, set_aside, share_out
 from fedlpp_ray.tasks.registry import load_task
 from fedlpp_ray.tasks.text_metrics import check_text_metrics, text_metrics
+from fedlpp_ray.tasks.tokens import Tokens
 from fedlpp_ray.tasks.wording import Wording
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "TEXT_MEASURES",
     "UTILITY",
     "Batch",
+    "Corpus",
     "Encoded",
     "Examples",
     "Metrics",
@@ -34,12 +37,14 @@ __all__ = [
     "Prompts",
     "Task",
     "TaskError",
+    "Tokens",
     "Wording",
     "check_text_metrics",
     "classification_metrics",
     "collate",
     "encode",
     "evaluation_batches",
+    "load_corpus",
     "load_task",
     "partition",
     "set_aside",
