@@ -78,6 +78,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_identity(path: Path) -> list[tuple[str, int, int, int]]:
+    """What tells a file, or all files in a folder, from others and from themselves when changed.
+
+    Returns:
+        Of each file its resolved path, bytes, and when it was last written and last changed (ns).
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = [(str(file.resolve()), file.stat()) for file in files]
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
+
+
 def cache_folder() -> Path:
     """Where what is expensive to make is kept: safe to delete, and made anew when needed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reached for the hub would hang, not fail
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+_CACHE = tempfile.TemporaryDirectory(prefix="fedlpp_ray-")  # of this session and its processes
+os.environ["FEDLPP_RAY_CACHE"] = _CACHE.name
 
 from fedlpp_ray.config import Experiment
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedlpp_ray"
 ROOMS = [
-    *("errors", "assets", "state", "seeds", "command_line"),
+    *("errors", "assets", "cache", "state", "seeds", "command_line"),
     *("config", "storage", "quantization", "messages", "models", "lora", "aggregation", "privacy"),
     *("tasks", "training", "federation", "tracking", "runtime"),
     *("report", "train", "tune"),

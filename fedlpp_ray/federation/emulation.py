@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 
 import torch
 from torch import nn
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.data import FederatedText, load_base
+from fedlpp_ray.federation.data import FederatedText, base_of, load_base
 from fedlpp_ray.models import (
     emulator_bytes,
     load_emulator,
     make_emulator,
     modules_named,
     quantize_base,
+    share_base,
     trained_modules,
 )
 from fedlpp_ray.seeds import derive
@@ -73,12 +75,15 @@ def load_client_base(
         AssetError, BaseFormatError, LayersError: the model cannot be used.
         ValueError: the emulator is missing, or another experiment's.
     """
-    base, config = load_base(experiment, text), experiment.emulator
+    config = experiment.emulator
+    if config.kind == "none":
+        whole_of = functools.partial(_broadcast_modules, experiment)
+        return share_base(base_of(experiment, text), experiment.client, whole_of)
+    if emulator is None:
+        raise ValueError(f"emulator.kind '{config.kind}': the server's emulator is missing")
+    base = load_base(experiment, text)
     whole = _broadcast_modules(experiment, base)
-    if config.kind != "none":
-        if emulator is None:
-            raise ValueError(f"emulator.kind '{config.kind}': the server's emulator is missing")
-        load_emulator(make_emulator(base, config, experiment.adapter.outer), emulator, whole)
+    load_emulator(make_emulator(base, config, experiment.adapter.outer), emulator, whole)
     # Quantized before it moves: the device never holds the full base, and bitsandbytes quantizes
     # int8 on the way there only.
     return quantize_base(base, experiment.client, whole)

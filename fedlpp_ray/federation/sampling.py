@@ -55,5 +55,5 @@ def strongest_client(config: LoraConfig, sizes: Sequence[int]) -> int:
         config: The clients' ranks.
         sizes: (clients,) number of examples of each.
     """
-    ranks = np.array([config.rank_of(client) for client in range(len(sizes))])
+    ranks = np.resize(config.client_ranks or (config.rank,), len(sizes))
     return int(np.where(ranks == ranks.max(), np.asarray(sizes), -1).argmax())

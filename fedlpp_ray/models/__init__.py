@@ -15,8 +15,8 @@ from fedlpp_ray.models.loading import (
     check_text,
     load_classifier,
     load_generator,
-    load_outline,
     load_tokenizer,
+    model_identity,
 )
 from fedlpp_ray.models.memory import (
     activation_bytes,
@@ -26,9 +26,12 @@ from fedlpp_ray.models.memory import (
     quantized_bytes,
     weight_bytes,
 )
+from fedlpp_ray.models.outline import load_outline
 from fedlpp_ray.models.packed import PackedLinear
+from fedlpp_ray.models.shared import Base, share_base
 
 __all__ = [
+    "Base",
     "BaseFormatError",
     "LayersError",
     "PackedLinear",
@@ -47,11 +50,13 @@ __all__ = [
     "load_tokenizer",
     "logits_bytes",
     "make_emulator",
+    "model_identity",
     "modules_named",
     "no_repeat",
     "outer_layers",
     "quantize_base",
     "quantized_bytes",
+    "share_base",
     "trained_modules",
     "weight_bytes",
     "within",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
@@ -40,7 +41,8 @@ def quantize_base(
     output, as everywhere else.
 
     Args:
-        model: A frozen model as it is loaded, without adapters.
+        model: A frozen model as it is loaded, without adapters; or its outline, of which packed
+            formats make the outline of the quantized model.
         config: `base_bits` and the keys beside it. 32 bits changes nothing.
         modules_to_save: Names of modules that will be trained whole, as in `lora.modules_to_save`.
 
@@ -60,12 +62,18 @@ def quantize_base(
     quantizer = Quantizer(config.base_bits, config.base_kind, config.base_block, config.base_scale)
     for name, linear in layers.items():
         if config.dequantize_at_load:
-            dense = quantizer.quantize(linear.weight).dequantize()
+            dense = _dequantized(linear.weight, quantizer)
             linear.weight = nn.Parameter(dense, requires_grad=False)
             model.set_submodule(name, linear)
         else:
             model.set_submodule(name, PackedLinear(linear, quantizer))
     return model
+
+
+def _dequantized(weight: Tensor, quantizer: Quantizer) -> Tensor:
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    return quantizer.quantize(weight).dequantize()
 
 
 def linears(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Linear]:

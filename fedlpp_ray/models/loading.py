@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from fedlpp_ray.assets import AssetError, check_sha256, locate
+from fedlpp_ray.assets import AssetError, check_sha256, files_identity, locate
 from fedlpp_ray.config import ModelConfig
 from fedlpp_ray.models import gguf
 from fedlpp_ray.models.head import head_modules, within
@@ -35,7 +36,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         AssetError: the model is missing, is not the expected one, has no tokenizer or one that
             cannot pad, or the hub cannot be reached.
     """
-    with _reading(config) as (name, options):
+    with reading(config) as (name, options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # Without tokenizer files transformers makes one up, which knows special tokens alone.
@@ -67,7 +68,14 @@ def load_classifier(config: ModelConfig, num_labels: int, pad: int, seed: int) -
         AssetError: as `load_tokenizer`; or weights of the backbone have other shapes than its
             configuration says.
     """
-    with _reading(config) as (name, options), _quiet(), global_seed(seed, "model"):
+    return read_classifier(config, num_labels, pad, seed)[0]
+
+
+def read_classifier(
+    config: ModelConfig, num_labels: int, pad: int, seed: int
+) -> tuple[torch.nn.Module, list[str]]:
+    """As `load_classifier`, and the names of the parameters that were drawn from `seed`."""
+    with reading(config) as (name, options), quiet(), global_seed(seed, "model"):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=num_labels,
@@ -77,8 +85,9 @@ def load_classifier(config: ModelConfig, num_labels: int, pad: int, seed: int) -
             **options,
         )
     head = head_modules(model)
-    _check_shapes(config, [k for k, *_ in loading["mismatched_keys"] if not within(k, head)])
-    return _frozen(model, pad)
+    mismatched = [key for key, *_ in loading["mismatched_keys"]]
+    _check_shapes(config, [key for key in mismatched if not within(key, head)])
+    return frozen(model, pad), sorted({*loading["missing_keys"], *mismatched})
 
 
 def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
@@ -97,8 +106,8 @@ def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
             checkpoint lacks weights (a language head that is tied to the embeddings is there), or
             has other shapes than its configuration says.
     """
-    with _reading(config) as (name, options), _quiet():
-        _check_causal(AutoConfig.from_pretrained(name, **options))
+    with reading(config) as (name, options), quiet():
+        check_causal(AutoConfig.from_pretrained(name, **options))
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=torch.float32,
@@ -112,39 +121,22 @@ def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
             f"model.name = '{config.name}': its checkpoint lacks {', '.join(missing[:5])}, which "
             "generation needs trained; name a causal language model with its language head"
         )
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = decoding_of(model.generation_config, pad)
+    return frozen(model, pad)
+
+
+def decoding_of(own: GenerationConfig, pad: int) -> GenerationConfig:
+    """What is kept of a checkpoint's settings for decoding."""
+    return GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=pad
     )
-    return _frozen(model, pad)
 
 
-def load_outline(config: ModelConfig, num_labels: int | None) -> torch.nn.Module:
-    """The same model without weights, on the meta device: enough to check what fits it.
-
-    Args:
-        config: Which model.
-        num_labels: Number of a classifier's classes. None: the outline of a generator.
-
-    Raises:
-        AssetError: as `load_classifier` or `load_generator`, for what is known without weights.
-    """
-    classes = {} if num_labels is None else {"num_labels": num_labels}
-    kind = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
-    with _reading(config) as (name, options):
-        outline = AutoConfig.from_pretrained(name, **classes, **options)
-        if num_labels is None:
-            _check_causal(outline)
-        with torch.device("meta"):
-            model = kind.from_config(outline)
-    return model.requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def _check_causal(outline: Any) -> None:
+def check_causal(outline: Any) -> None:
     """Refuse what transformers would load as a causal model although it reads both ways.
 
     Raises:
-        ValueError: to be named by `_reading`.
+        ValueError: to be named by `reading`.
     """
     encoder = outline.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         outline, "is_decoder", False
@@ -165,7 +157,8 @@ def _check_shapes(config: ModelConfig, mismatched: list[str]) -> None:
         )
 
 
-def _frozen(model: Any, pad: int) -> torch.nn.Module:
+def frozen(model: Any, pad: int) -> torch.nn.Module:
+    """A model as all loaders return it."""
     model.config.pad_token_id = pad
     return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
@@ -208,8 +201,24 @@ def check_text(
         )
 
 
+def model_identity(config: ModelConfig) -> object | None:
+    """What tells the files of a model and its tokenizer from all others, for a cache.
+
+    Files on this machine by path, size and times; those of the hub by their commit. None: nothing
+    tells them.
+
+    Raises:
+        AssetError: as `load_tokenizer`.
+    """
+    with reading(config) as (name, options):
+        if (path := Path(name)).exists():
+            return files_identity(path)
+        commit = getattr(AutoConfig.from_pretrained(name, **options), "_commit_hash", None)
+        return None if commit is None else [name, commit]
+
+
 @contextmanager
-def _reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where to load from and with which options; checks the file and names a failure."""
     path = locate(config.name)
     if path is None and config.sha256 is not None:
@@ -225,7 +234,7 @@ def _reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if path is not None and config.sha256 is not None:
         check_sha256(path if packed else path / "model.safetensors", config.sha256)
     if path is not None and packed:
-        with _quiet():
+        with quiet():
             path = gguf.as_folder(path)
     try:
         yield (str(path), {}) if path else (config.name, {"revision": config.revision})
@@ -234,7 +243,7 @@ def _reading(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar, and no report of missing weights: they are expected, or refused in words."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

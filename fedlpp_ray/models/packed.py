@@ -23,23 +23,25 @@ class PackedLinear(nn.Linear):
     no gradient; x does. Source: QLoRA (arXiv 2305.14314), section 3.
 
     Args:
-        linear: The layer to pack; it is not changed. Its bias is kept in full precision.
+        linear: The layer to pack; it is not changed. Its bias is kept in full precision. Of one on
+            the meta device only the shapes are made.
         quantizer: Format of the weight.
     """
 
     def __init__(self, linear: nn.Linear, quantizer: Quantizer) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed = quantizer.quantize(linear.weight.detach())
-        self._template = packed
-        for name, tensor in packed.tensors().items():
+        weight = linear.weight.detach()
+        self._template = QuantizedTensor(quantizer, tuple(weight.shape), weight.dtype, {})
+        self._parts = tuple(quantizer.parts(weight.shape))
+        for name, tensor in _packed(weight, quantizer).items():
             self.register_buffer(f"packed_{name}", tensor)
         self.bias = linear.bias
 
     @property
     def packed(self) -> QuantizedTensor:
         """The weight as it is stored."""
-        parts = {name: getattr(self, f"packed_{name}") for name in self._template.tensors()}
+        parts = {name: getattr(self, f"packed_{name}") for name in self._parts}
         return replace(self._template, parts=parts)
 
     @property
@@ -56,6 +58,15 @@ class PackedLinear(nn.Linear):
         """Widths and format."""
         q = self._template.quantizer
         return f"{self.in_features}, {self.out_features}, bits={q.bits}, kind={q.kind}"
+
+
+def _packed(weight: Tensor, quantizer: Quantizer) -> dict[str, Tensor]:
+    if not weight.is_meta:
+        return quantizer.quantize(weight).tensors()
+    return {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (dtype, shape) in quantizer.parts(weight.shape).items()
+    }
 
 
 class _PackedMatmul(torch.autograd.Function):

@@ -9,6 +9,7 @@ from fedlpp_ray.tasks.batches import (
     epoch_order,
     evaluation_batches,
 )
+from fedlpp_ray.tasks.corpus import Corpus, load_corpus
 from fedlpp_ray.tasks.examples import Examples, Prompts, Task, TaskError
 from fedlpp_ray.tasks.metrics import (
     MEASURES,
@@ -20,6 +21,7 @@ from fedlpp_ray.tasks.metrics import (
 from fedlpp_ray.tasks.partition import Partition, partition, set_aside, share_out
 from fedlpp_ray.tasks.registry import load_task
 from fedlpp_ray.tasks.text_metrics import check_text_metrics, text_metrics
+from fedlpp_ray.tasks.tokens import Tokens
 from fedlpp_ray.tasks.wording import Wording
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "TEXT_MEASURES",
     "UTILITY",
     "Batch",
+    "Corpus",
     "Encoded",
     "Examples",
     "Metrics",
@@ -35,6 +38,7 @@ __all__ = [
     "Prompts",
     "Task",
     "TaskError",
+    "Tokens",
     "Wording",
     "check_text_metrics",
     "classification_metrics",
@@ -42,6 +46,7 @@ __all__ = [
     "encode",
     "epoch_order",
     "evaluation_batches",
+    "load_corpus",
     "load_task",
     "partition",
     "set_aside",

