@@ -259,15 +259,19 @@ class Federation:
         parts = {each.client: each for each in plan.cohort}
         rows = [(parts.get(r.client, Assignment(r.client, plan.round)), r) for r in reports]
         rows += [(each, ClientReport(each.client, fault=fault)) for each, fault in plan.absent]
-
-        def record(each: Assignment, report: ClientReport) -> ClientRecord:
-            down = self._first_download(each.client)
+        rows.sort(key=lambda row: (row[0].client, row[0].started))
+        known = {client.client for record in self.history for client in record.clients}
+        found = []
+        for each, report in rows:  # a client that drops out of fedbuff may be there twice
+            down = 0 if each.client in known else self._download
+            known.add(each.client)
             if each.client not in holders:
                 down += len(self._broadcast(each.started)[edition(self.experiment, each.client)])
             late = plan.round - each.started
-            return ClientRecord(each.client, down, report.up, report.loss, late, report.fault)
-
-        return tuple(sorted((record(*row) for row in rows), key=lambda found: found.client))
+            found.append(
+                ClientRecord(each.client, down, report.up, report.loss, late, report.fault)
+            )
+        return tuple(found)
 
     def _holders(self, round: int) -> set[int]:
         """Clients that hold the broadcast in force from an earlier round."""
@@ -275,13 +279,6 @@ class Federation:
             return set()  # each starts from another one
         since = self.experiment.downlink.made_in(round) - 1
         return {client.client for record in self.history[since:] for client in record.clients}
-
-    def _first_download(self, client: int) -> int:
-        """Bytes of the emulator, for a client that has not been sampled before."""
-        if not self._download:
-            return 0
-        known = any(client == c.client for record in self.history for c in record.clients)
-        return 0 if known else self._download
 
 
 class _Clock:

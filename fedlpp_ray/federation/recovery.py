@@ -23,6 +23,9 @@ def finished_rounds(federation: Federation) -> Iterator[RoundRecord]:
     snapshot, losses = federation.snapshot(), 0
     while True:
         try:
+            if losses:
+                federation.backend.renew_server()
+                federation.restore(snapshot)
             for record in federation.run():
                 snapshot, losses = federation.snapshot(), 0
                 yield record
@@ -33,5 +36,3 @@ def finished_rounds(federation: Federation) -> Iterator[RoundRecord]:
                 raise
             reason = str(error).partition("\n")[0]
             logger.warning("the server is made anew as it was after the last round: %s", reason)
-            federation.backend.renew_server()
-            federation.restore(snapshot)

@@ -73,10 +73,10 @@ def test_the_bytes_are_those_counted_by_hand(
         (payload,) = backend.sent[record.round].values()
         assert tensor_bytes(payload) == 4 * state
         for transfer, update in zip(record.ledger, backend.received[record.round], strict=True):
-            assert tensor_bytes(update.payload) == 4 * state
+            assert tensor_bytes(update) == 4 * state
             once = 0 if transfer.client in seen else len(emulator)
             assert transfer.down == len(payload) + once
-            assert transfer.up == len(update.payload)
+            assert transfer.up == len(update)
             seen.add(transfer.client)
 
 

@@ -18,7 +18,7 @@ from fedlpp_ray.config import ConfigError, Experiment, check_same, dump_experime
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, RoundRecord, checkpoint, preflight
 from fedlpp_ray.federation.in_process import in_process
-from fedlpp_ray.messages import Transfer
+from fedlpp_ray.federation.records import Fault
 from fedlpp_ray.storage import (
     CheckpointError,
     DamagedError,
@@ -76,7 +76,7 @@ def test_a_run_resumed_after_any_round_gives_the_same_bits(
         checkpoint.restore(restored, folder)
         list(restored.run())
         assert numbers(restored.history) == numbers(federation.history)
-        assert restored.memories == federation.memories
+        assert restored.snapshot().memories == federation.snapshot().memories
         assert backend.adapter() == federation.backend.adapter()
 
 
@@ -358,7 +358,9 @@ def test_numbers_that_json_lacks_survive_in_strict_json(
     assert evaluation is not None
     values = {"loss": math.nan, "accuracy": math.inf, "macro_f1": -math.inf}
     changed = replace(record, evaluation=replace(evaluation, server=values))
-    federation.history[0] = replace(changed, ledger=(Transfer(1, 2, 3),), loss=(0.1 + 0.2,))
+    client = replace(record.clients[0], loss=0.1 + 0.2, fault=Fault("late", "0.1 + 0.2"))
+    diverged = replace(record.clients[1], loss=math.nan)
+    federation.history[0] = replace(changed, clients=(client, diverged))
     checkpoint.save(federation, tmp_path)
     text = (tmp_path / checkpoint.HISTORY).read_text()
     json.loads(text, parse_constant=pytest.fail)

@@ -18,7 +18,7 @@ from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.messages import Codec, Envelope, MessageError, decode, encode
 from fedlpp_ray.state import COLUMNS, part, schema_of
 from tests.federation.test_links import SCAFFOLD
-from tests.federation.test_loop import Recording, interrupted, numbers, run, tensor_bytes
+from tests.federation.test_loop import Recording, cohort, interrupted, numbers, run, tensor_bytes
 
 MASKS = {"downlink.server_mask": 0.25, "downlink.client_mask": 0.5}
 """Of 64 columns, 48 are left by the server and 24 of them by a client."""
@@ -70,9 +70,13 @@ def test_a_message_says_when_it_was_made_and_an_older_one_is_refused(
     backend = InProcess(experiment)
     one, three = backend.encode_broadcast(1), backend.encode_broadcast(3)
     for round, broadcast in ((1, one), (2, one), (3, three), (4, three)):
-        backend.train(round, {0: None}, broadcast)
+        made = experiment.downlink.made_in(round)
+        (report,) = backend.train(round, cohort(round, 0), {made: broadcast})
+        assert report.fault is None
     with pytest.raises(MessageError, match="round is 1, expected 3"):
-        backend.train(4, {0: None}, one)
+        backend._host.train(4, 0, one)
+    with pytest.raises(MessageError, match="round is 1, expected 3"):
+        list(backend.train(4, cohort(4, 0), {3: one}))
 
 
 def test_what_is_measured_is_what_clients_have_next(tiny_experiment: Experiment) -> None:
@@ -97,8 +101,10 @@ def test_a_run_interrupted_while_a_broadcast_lasts_goes_on_with_the_same_bits(
     whole, restored = interrupted(experiment, tmp_path, after=after)
     assert numbers(restored.history) == numbers(whole.history)
     assert any(t.down == 0 for t in restored.history[1].ledger)
-    kept = sorted(path.stem for path in (tmp_path / checkpoint.BROADCAST).glob("*"))
-    assert kept == (["2", "4"] if after < 3 else [])  # in round 4 another one is made
+    folder = tmp_path / checkpoint.BROADCASTS
+    kept = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
+    expected = ["1/2.safetensors", "1/4.safetensors"]
+    assert kept == (expected if after < 3 else [])  # in round 4 another one is made
 
 
 def test_a_lasting_broadcast_keeps_its_gauge(tiny_experiment: Experiment) -> None:
@@ -164,7 +170,7 @@ def test_masked_columns_do_not_travel_and_the_bytes_are_those_counted_by_hand(
         payload = backend.sent[1][transfer.client]
         assert transfer.down == len(payload)
         assert tensor_bytes(payload) == down
-        assert tensor_bytes(update.payload) == up
+        assert tensor_bytes(update) == up
 
 
 def test_the_servers_mask_stays_and_the_clients_is_fresh(tiny_experiment: Experiment) -> None:
@@ -267,7 +273,7 @@ def test_one_client_gets_back_what_it_trained(tiny_experiment: Experiment) -> No
     backend = Recording(experiment)
     list(Federation(experiment, backend).run())
     first, second = (safetensors.torch.load(backend.sent[r][4]) for r in (1, 2))
-    update = safetensors.torch.load(backend.received[1][0].payload)
+    update = safetensors.torch.load(backend.received[1][0])
     for name, tensor in update.items():
         torch.testing.assert_close(second[name], first[name] + tensor, rtol=0, atol=1e-6)
 
@@ -279,7 +285,7 @@ def test_a_client_trains_and_returns_only_what_it_has(tiny_experiment: Experimen
     )
     backend = InProcess(experiment)
     broadcast = backend.encode_broadcast(1, [3])
-    backend.train(1, {3: None}, broadcast)
+    backend._host.train(1, 3, broadcast)
     from fedlpp_ray.lora import read_state
 
     trained = read_state(backend._host._model)
@@ -292,7 +298,7 @@ def test_a_client_refuses_the_edition_of_another(tiny_experiment: Experiment) ->
     backend = InProcess(tiny_experiment.with_values(MASKS))
     (message,) = backend.encode_broadcast(1, [0]).values()
     with pytest.raises(MessageError, match="client is 0, expected 1"):
-        backend.train(1, {1: None}, {1: message})
+        backend._host.train(1, 1, {1: message})
 
 
 def test_masks_go_with_rotation_other_methods_and_an_interruption(
@@ -311,7 +317,7 @@ def test_masks_go_with_rotation_other_methods_and_an_interruption(
         folder.mkdir()
         whole, restored = interrupted(experiment, folder, after=1)
         assert numbers(restored.history) == numbers(whole.history)
-        assert not (folder / checkpoint.BROADCAST).exists()
+        assert not (folder / checkpoint.BROADCASTS).exists()
 
 
 def test_error_feedback_goes_with_a_mask_that_stays(tiny_experiment: Experiment) -> None:

@@ -20,15 +20,17 @@ from fedlpp_ray.federation.results import run_protection
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.tasks import load_task
 from tests import tiny
+from tests.federation.test_loop import cohort
 
 BASE = {"federation.rounds": 1, "downlink.bits": 2, "client.base_bits": 3}
 
 
 def digest(experiment: Experiment) -> str:
     backend = InProcess(experiment)
-    cohort = dict.fromkeys(range(experiment.federation.cohort_size))
-    broadcast = backend.encode_broadcast(1, list(cohort))
-    return backend.aggregate(1, broadcast, backend.train(1, cohort, broadcast))
+    clients = range(experiment.federation.cohort_size)
+    reports = list(backend.train(1, cohort(1, *clients), {1: backend.encode_broadcast(1, clients)}))
+    assert all(report.fault is None for report in reports)
+    return backend.aggregate(1)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_the_floor_is_independent_of_the_run_and_trains_as_long(
 
 def record(number: int, server: float, before: float, after: float) -> RoundRecord:
     measured = Evaluation({"utility": server}, {"utility": before}, {"utility": after})
-    return RoundRecord(number, measured, (), (), {}, "")
+    return RoundRecord(number, measured, (), {}, "")
 
 
 def test_protection_is_against_the_best_model_of_any_round() -> None:

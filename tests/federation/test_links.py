@@ -28,8 +28,7 @@ FACTORS, HEAD = 8 * 256, 3 * 64 + 3
 
 def one_update(experiment: Experiment) -> bytes:
     backend = InProcess(experiment)
-    (update,) = backend.train(1, {0: None}, backend.encode_broadcast(1))
-    return update.payload
+    return backend._host.train(1, 0, backend.encode_broadcast(1)).payload
 
 
 @pytest.mark.parametrize(
@@ -71,14 +70,14 @@ def test_error_feedback_sends_later_what_rounding_took(
     experiment = exact.with_values({"uplink.bits": 2, "uplink.error_feedback": True})
     backend = InProcess(experiment)
     broadcast = backend.encode_broadcast(1)
-    (whole,) = InProcess(exact).train(1, {0: None}, broadcast)
+    whole = InProcess(exact)._host.train(1, 0, broadcast)
     update = safetensors.torch.load(whole.payload)
     assert {t.shape[1] for n, t in update.items() if part(n) == "A"} == {round(64 * (1 - mask))}
     codec, memory = uplink_codec(experiment.uplink), None
     sent = {name: torch.zeros_like(tensor) for name, tensor in update.items()}
     rounds = 12
     for _ in range(rounds):  # the same round again, so that the update is the same each time
-        (answer,) = backend.train(1, {0: memory}, broadcast)
+        answer = backend._host.train(1, 0, broadcast, memory)
         envelope = Envelope("update", 1, 0, backend._host._text.examples[0])
         received = decode(answer.payload, envelope, schema_of(update), codec)
         sent = {name: sent[name] + received[name] for name in sent}
@@ -211,7 +210,7 @@ def test_scaffolds_server_variate_is_the_mean_of_the_clients(
     for name, c in server.items():
         assert c.any()
         mean = torch.zeros_like(c, dtype=torch.float64)
-        for client, memory in federation.memories.items():
+        for client, memory in federation.snapshot().memories.items():
             own = safetensors.torch.load(memory or b"")[f"{VARIATE}{name}"].double()
             share = examples[client] / sum(examples) if weighting == "examples" else 1 / 8
             mean += share * own

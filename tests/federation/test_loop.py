@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fedlpp_ray.config import ConfigError, Experiment
-from fedlpp_ray.federation import ClientUpdate, Federation, RoundRecord, checkpoint
+from fedlpp_ray.federation import (
+    Assignment,
+    ClientReport,
+    Federation,
+    RoundRecord,
+    checkpoint,
+)
 from fedlpp_ray.federation.in_process import InProcess, in_process
-from fedlpp_ray.federation.loop import _Clock
-from fedlpp_ray.federation.records import Memory
+from fedlpp_ray.federation.loop import PHASES
+from fedlpp_ray.federation.records import Measured, Memory
 from fedlpp_ray.federation.results import result, run_protection, to_json
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.wire import Broadcast, downlink_codec
-from fedlpp_ray.messages import Envelope, MessageError, decode
+from fedlpp_ray.messages import Envelope, decode
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import is_head, schema_of
 from fedlpp_ray.tracking.metrics import final_metrics, metric_names, round_metrics
@@ -31,15 +41,24 @@ class Recording(InProcess):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
-        self.sent: dict[int, Broadcast] = {}
-        self.received: dict[int, list[ClientUpdate]] = {}
+        self.sent: dict[int, Broadcast] = {}  # the one in force in each round
+        self.received: dict[int, list[bytes]] = {}  # by round, in the order of arrival
+        verdict = self._server.verdict
+
+        def recorded(round: int, client: int, payload: bytes) -> str | None:
+            self.received.setdefault(round, []).append(payload)
+            return verdict(round, client, payload)
+
+        self._server.verdict = recorded  # type: ignore[method-assign]
 
     def train(
-        self, round: int, cohort: Mapping[int, Memory], broadcast: Broadcast
-    ) -> list[ClientUpdate]:
-        self.sent[round] = broadcast
-        self.received[round] = super().train(round, cohort, broadcast)
-        return self.received[round]
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        self.sent[round] = broadcasts[self._made_in(round)]
+        return super().train(round, cohort, broadcasts)
 
 
 def run(experiment: Experiment) -> list[RoundRecord]:
@@ -67,6 +86,11 @@ def interrupted(
     return whole, restored
 
 
+def cohort(round: int, *clients: int) -> dict[Assignment, Memory]:
+    """Clients that start in a round and have kept nothing."""
+    return {Assignment(client, round): None for client in clients}
+
+
 def tensor_bytes(payload: bytes) -> int:
     return len(payload) - 8 - int.from_bytes(payload[:8], "little")
 
@@ -83,9 +107,9 @@ def test_the_ledger_is_the_bytes_counted_by_hand(tiny_experiment: Experiment) ->
         assert len(record.ledger) == experiment.federation.cohort_size == 4
         payload, updates = backend.sent[record.round][4], backend.received[record.round]
         assert tensor_bytes(payload) == quantized
-        assert [tensor_bytes(update.payload) for update in updates] == [whole] * 4
+        assert list(map(tensor_bytes, updates)) == [whole] * 4
         assert [t.down for t in record.ledger] == [len(payload)] * 4
-        assert [t.up for t in record.ledger] == [len(update.payload) for update in updates]
+        assert [t.up for t in record.ledger] == list(map(len, updates))
         sent = record.to_dict()["bytes"]
         assert sent == {"down": 4 * len(payload), "up": sum(t.up for t in record.ledger)}
 
@@ -206,11 +230,13 @@ def test_the_server_refuses_a_hostile_update_and_keeps_its_state(
 ) -> None:
     experiment = tiny_experiment.with_values({"server.max_update_norm": 1e-6})
     backend = InProcess(experiment)
-    broadcast = backend.encode_broadcast(1, [0])
-    updates = backend.train(1, {0: None, 1: None}, broadcast)
-    before = dict(backend._server._state)
-    with pytest.raises(MessageError, match=r"norm is .* allowed is 1e-06"):
-        backend.aggregate(1, broadcast, updates)
+    broadcast, before = backend.encode_broadcast(1, [0]), dict(backend._server._state)
+    reports = list(backend.train(1, cohort(1, 0, 1), {1: broadcast}))
+    for report in reports:
+        assert report.fault is not None
+        assert report.fault.kind == "refused"
+        assert re.search(r"norm is .* allowed is 1e-06", report.fault.reason)
+    backend.aggregate(1)
     assert all(torch.equal(backend._server._state[n], x) for n, x in before.items())
 
 
@@ -263,15 +289,36 @@ def test_a_checkpoint_holds_the_state_also_of_rounds_that_are_not_evaluated(
     assert numbers(restored.history) == numbers(whole.history)
 
 
-def test_communication_is_what_the_busiest_host_leaves_of_the_training_phase() -> None:
-    clock = _Clock()
-    with clock("train"):
-        time.sleep(0.3)
-    updates = [ClientUpdate(i, b"", 0.0, 0.1, host) for i, host in enumerate((0, 0, 1))]
-    seconds = clock.seconds(updates)
-    assert seconds["client_compute"] == pytest.approx(0.2)
-    assert seconds["communication"] == pytest.approx(seconds["train"] - 0.2)
-    assert seconds["communication"] > 0.09
+class TwoHosts(InProcess):
+    """Clients that say that they computed for a tenth of a second, on two hosts in turn."""
+
+    def train(self, *arguments: Any) -> Iterator[ClientReport]:
+        for number, report in enumerate(super().train(*arguments)):
+            yield replace(report, seconds=0.1, host=number % 2)
+
+
+def test_overhead_is_what_the_busiest_host_and_the_evaluation_leave_of_the_total(
+    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a second each time that it is read."""
+    ticks = count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr("fedlpp_ray.federation.loop.time", clock)
+    backend = TwoHosts(tiny_experiment)
+    evaluate = backend.evaluate
+    monkeypatch.setattr(
+        backend, "evaluate", lambda *a: lambda: Measured(evaluate(*a)().evaluation, 3.0)
+    )
+    for record in Federation(tiny_experiment, backend).run():
+        seconds = record.seconds
+        assert seconds["client_compute"] == pytest.approx(0.2)  # two of four on either host
+        assert seconds["overhead"] == pytest.approx(seconds["total"] - 0.2 - 3.0)
+        waited = [seconds[phase] for phase in (*PHASES, "record")]
+        assert sum(waited) == pytest.approx(seconds["total"])
+        assert min(waited) > 0
+        assert set(seconds) == {
+            *PHASES, "record", "total", "client_compute", "overhead", "simulated"
+        }  # fmt: skip
 
 
 def test_an_epoch_is_a_pass_over_a_clients_own_examples(tiny_experiment: Experiment) -> None:

@@ -93,7 +93,7 @@ def test_what_is_not_trained_does_not_travel(tiny_experiment: Experiment) -> Non
         experiment = method(tiny_experiment, name, downlink__bits=32, federation__rounds=2)
         backend = Recording(experiment)
         list(Federation(experiment, backend).run())
-        ups = [factors(backend.received[r][0].payload) for r in (1, 2)]
+        ups = [factors(backend.received[r][0]) for r in (1, 2)]
         sent[name] = [factors(backend.sent[r][4]) for r in (1, 2)], ups
     every = {"A", "B", "head"}
     assert sent["fedit"] == ([every, every], [every, every])
@@ -128,7 +128,8 @@ def test_fedsa_clients_keep_their_own_b(tiny_experiment: Experiment) -> None:
     federation = Federation(experiment, InProcess(experiment))
     stream = federation.run()
     next(stream)
-    first = {c: safetensors.torch.load(m or b"") for c, m in federation.memories.items()}
+    memories = federation.snapshot().memories
+    first = {c: safetensors.torch.load(m or b"") for c, m in memories.items()}
     assert set(first) == set(range(8))
     assert all({part(n) for n in kept} == {"B"} for kept in first.values())
     name = next(iter(first[0]))
@@ -136,7 +137,7 @@ def test_fedsa_clients_keep_their_own_b(tiny_experiment: Experiment) -> None:
     # What a client does next depends on what it kept.
     host = federation.backend._host  # type: ignore[attr-defined]
     broadcast = federation.backend.encode_broadcast(2)
-    updates = [host.train(2, 0, broadcast, federation.memories[c]).payload for c in (0, 0, 1)]
+    updates = [host.train(2, 0, broadcast, memories[c]).payload for c in (0, 0, 1)]
     assert updates[0] == updates[1] != updates[2]
 
 

@@ -39,7 +39,7 @@ def cluster() -> Iterator[None]:
 def run_in_ray(experiment: Experiment) -> tuple[list[dict[str, object]], Any]:
     with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:
         federation = Federation(experiment, backend)
-        hosts = {u for _ in federation.run() for u in [len(backend.hosts)]}
+        hosts = {len(backend.pool.slots) for _ in federation.run()}
         return numbers(federation.history), (backend.measure_floor(), hosts)
 
 
@@ -137,8 +137,8 @@ def test_a_client_is_sent_its_own_edition_alone(
     sent: list[tuple[int, list[int]]] = []
     original = RayBackend._for_client
 
-    def recorded(backend: RayBackend, client: int, broadcast: Any) -> Any:
-        message = original(backend, client, broadcast)
+    def recorded(backend: RayBackend, client: int, made: int, broadcast: Any) -> Any:
+        message = original(backend, client, made, broadcast)
         sent.append((client, list(message)))
         return message
 
