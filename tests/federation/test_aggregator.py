@@ -134,7 +134,7 @@ def test_a_round_is_open_from_its_opening_to_its_end(tiny_experiment: Experiment
 def test_a_late_update_is_read_against_its_own_broadcast_and_discounted(
     tiny_experiment: Experiment,
 ) -> None:
-    """Client 1 started in round 1, client 0 in round 2: S + (w_0 u_0 + w_1 d u_1) / (w_0 + w_1 d).
+    """Client 1 started in round 1, client 0 in round 2: S + (w_0 u_0 + w_1 d u_1) / (w_0 + w_1).
     Tolerance: fp32."""
     server = Server(tiny_experiment.with_values({"federation.partition": "dirichlet"}))
     state, counts = dict(server._state), server.examples()
@@ -145,12 +145,13 @@ def test_a_late_update_is_read_against_its_own_broadcast_and_discounted(
     server.receive(2, 1, made_up(server, 1, started=1))
     server.receive(2, 0, made_up(server, 0, started=2))
     server.aggregate(2)
-    weights = [counts[0], 0.25 * counts[1]]
+    weights, discounts = [counts[0], counts[1]], [1.0, 0.25]
     for client, started in ((0, 2), (1, 1)):
         random = torch.Generator().manual_seed(1000 * started + client)
         for name, shape in server._wire.update(started, 4).items():
             update = 0.01 * torch.randn(shape, generator=random)
-            state[name] = state[name] + weights[client] / sum(weights) * update
+            share = discounts[client] * weights[client] / sum(weights)
+            state[name] = state[name] + share * update
     for name, tensor in state.items():
         torch.testing.assert_close(server._state[name], tensor, rtol=0, atol=1e-7)
 
@@ -176,8 +177,8 @@ def test_scaffolds_share_is_that_of_the_accepted(tiny_experiment: Experiment) ->
         ([Assignment(8, 1)], [1], "client 8 is not one of 8"),
         ([Assignment(-1, 1)], [1], "client -1 is not one of 8"),
         ([Assignment(0, 2)], [1], "client 0: the broadcast of round 2 is missing"),
-        ([Assignment(0, 1, 0.0)], [1], "client 0: weight 0.0; allowed: 1e-6 to 1"),
-        ([Assignment(0, 1, float("nan"))], [1], "weight nan"),
+        ([Assignment(0, 1, 0.0)], [1], "client 0: discount 0.0; allowed: 1e-06 to 1"),
+        ([Assignment(0, 1, float("nan"))], [1], "discount nan"),
     ],
 )
 def test_a_round_that_cannot_be_opened(

@@ -35,7 +35,7 @@ def test_without_stragglers_the_cohort_is_who_is_sampled() -> None:
     for plan in plans(config):
         cohort = sample_cohort(config.federation, config.seed, plan.round)
         assert tuple(each.client for each in plan.cohort) == cohort
-        assert {(each.started, each.weight) for each in plan.cohort} == {(plan.round, 1.0)}
+        assert {(each.started, each.discount) for each in plan.cohort} == {(plan.round, 1.0)}
         assert (plan.absent, plan.seconds) == ((), 10.0)  # 10 steps of a second
 
 
@@ -94,7 +94,7 @@ def test_equal_clients_make_fedbuff_two_turns_of_half_the_cohort() -> None:
     first, second, third, fourth = plans(experiment(federation__mode="fedbuff"))[:4]
     assert [each.started for each in first.cohort] == [1] * 4
     assert [each.started for each in second.cohort] == [1] * 4
-    assert [each.weight for each in second.cohort] == [2**-0.5] * 4
+    assert [each.discount for each in second.cohort] == [2**-0.5] * 4
     started = sorted(each.started for each in (*third.cohort, *fourth.cohort))
     assert started == [1, 1, 1, 2, 2, 2, 2, 3]
     assert (first.seconds, second.seconds, third.seconds) == (10.0, 0.0, 10.0)
@@ -112,7 +112,7 @@ def test_fedbuff_keeps_as_many_in_training_and_forgets_no_broadcast_in_use() -> 
         clock += plan.seconds
         for each in following.cohort:
             assert plan.oldest <= each.started <= following.round
-            assert each.weight == (1 + following.round - each.started) ** -0.5
+            assert each.discount == (1 + following.round - each.started) ** -0.5
     assert max(p.round - each.started for p in found for each in p.cohort) > 2
     # 8 at once, each 10 s at the median: what the clock shows is their throughput.
     assert math.isclose(clock, 29 * 3 * 10 / 8, rel_tol=0.6)
