@@ -18,8 +18,8 @@ import torch
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment
 from fedlpp_ray.federation import Evaluation, Federation, preflight
+from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.in_process import in_process
-from fedlpp_ray.federation.loop import Backend
 from fedlpp_ray.tasks import UTILITY, Metrics
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "methods" / "offsite_tuning.yaml"

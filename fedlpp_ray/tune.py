@@ -66,7 +66,8 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     log = MlflowCallback(uri, space.name, space.base, space.keys, local / "mlartifacts")
     with connect(space.base.runtime):
         at_once = space.tune_config.max_concurrent_trials or space.total
-        show_plan(space.base, console, most_trials=min(at_once, space.total))
+        first = next(iter(space.experiments()))  # with what the space holds constant
+        show_plan(first, console, most_trials=min(at_once, space.total))
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])
     _show(space, outcomes, local / space.name, tracker, console)

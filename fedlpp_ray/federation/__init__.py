@@ -4,7 +4,8 @@ Start reading at `loop.py`. The parties (`server.py`, `client.py`) import the mo
 takes seconds, so they are imported only where they run.
 """
 
-from fedlpp_ray.federation.loop import Backend, Federation, Snapshot
+from fedlpp_ray.federation.backend import Backend
+from fedlpp_ray.federation.loop import Federation
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -13,6 +14,7 @@ from fedlpp_ray.federation.records import (
     Floor,
     RoundRecord,
 )
+from fedlpp_ray.federation.snapshot import Snapshot
 
 __all__ = [
     "Assignment",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlpp_ray.config import check_same, dump_experiment, load_experiment
-from fedlpp_ray.federation.loop import Federation, Snapshot
+from fedlpp_ray.federation.loop import Federation
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.recovery import finished_rounds
+from fedlpp_ray.federation.snapshot import Snapshot
 from fedlpp_ray.storage import CheckpointError, RunFolder, read_folder, write_folder
 from fedlpp_ray.storage.runs import EXPERIMENT
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.client import ClientHost
-from fedlpp_ray.federation.loop import Backend
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,

@@ -3,109 +3,27 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.backend import Backend
+from fedlpp_ray.federation.clock import Clock
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientRecord,
     ClientReport,
-    Floor,
     Measured,
-    Memory,
     Pending,
     RoundRecord,
 )
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.federation.schedule import RoundPlan, Schedule, abandoned
+from fedlpp_ray.federation.snapshot import Snapshot
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.messages import MessageError
 
 logger = logging.getLogger(__name__)
-
-
-class ServerLost(RuntimeError):
-    """The server is gone, and with it all since the last snapshot."""
-
-
-class Backend(Protocol):
-    """The server and its clients, wherever they run: in this process, or in Ray actors.
-
-    Where the server can be lost, every method may raise `ServerLost`.
-    """
-
-    def examples(self) -> Sequence[int]:
-        """Number of training examples of each client."""
-
-    def download(self) -> int:
-        """Bytes that a client downloads once, before its first round: an emulator of the model."""
-
-    def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
-        """The server's quantized state, made in a round, in the editions that clients read."""
-
-    def train(
-        self,
-        round: int,
-        cohort: Mapping[Assignment, Memory],
-        broadcasts: Mapping[int, Broadcast],
-    ) -> Iterator[ClientReport]:
-        """Have each client of the cohort train, and the server fold what it returns.
-
-        Args:
-            round: From 1.
-            cohort: Each client's part, and what it has kept.
-            broadcasts: By the round in which they were made.
-
-        Returns:
-            A report a client, in any order.
-        """
-
-    def aggregate(self, round: int) -> str:
-        """Make what was folded the server's next state; returns its digest."""
-
-    def discard(self, round: int) -> str:
-        """Forget what was folded; returns the digest of the state, which is as it was."""
-
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
-        """Begin to measure the server's state and what the strongest client has of it.
-
-        Given the broadcast in force in the round that follows, and what the client has kept.
-        """
-
-    def measure_floor(self) -> Floor:
-        """What a client has without taking part."""
-
-    def adapter(self) -> dict[str, bytes]:
-        """The server's state as the files of a PEFT adapter."""
-
-    def restore(self, adapter: dict[str, bytes]) -> str:
-        """Take back the state of an `adapter`; returns its digest."""
-
-    def renew_server(self) -> None:
-        """Put a new server, as it is made from the seed, in the place of one that was lost."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run after its last finished round: all that it goes on from.
-
-    Everything random is derived from the seed and the round, so that no generator is part of it.
-
-    Attributes:
-        history: The finished rounds.
-        memories: What clients keep, by client.
-        broadcasts: Those from which later rounds still train, by the round they were made in.
-        adapter: The server's state, as files by name. None: as it is made from the seed.
-    """
-
-    history: tuple[RoundRecord, ...]
-    memories: Mapping[int, bytes]
-    broadcasts: Mapping[int, Broadcast]
-    adapter: Mapping[str, bytes] | None
 
 
 class Federation:
@@ -134,7 +52,7 @@ class Federation:
     def run(self) -> Iterator[RoundRecord]:
         """The rounds that remain, each yielded when it is measured: while the next one trains."""
         done, last = len(self.history), self.experiment.federation.rounds
-        clock = _Clock()
+        clock = Clock()
         for plan in self._schedule.plans(after=done):  # 1. Sample the cohort.
             # 2. The server encodes the broadcast once, or leaves the last one in force.
             self._put_in_force(plan.round, plan.sampled, clock)
@@ -182,7 +100,7 @@ class Federation:
         self._broadcasts = dict(snapshot.broadcasts)
         self._taken = snapshot
 
-    def _put_in_force(self, round: int, clients: Sequence[int], clock: _Clock) -> None:
+    def _put_in_force(self, round: int, clients: Sequence[int], clock: Clock) -> None:
         """Have the broadcast made from which clients that start in a round train, if one is due."""
         made = self.experiment.downlink.made_in(round)
         if made not in self._broadcasts:
@@ -197,7 +115,7 @@ class Federation:
         every, last = self.experiment.evaluation.every, self.experiment.federation.rounds
         return round > 0 and (round % every == 0 or round == last)
 
-    def _evaluate(self, following: int, clock: _Clock) -> Pending:
+    def _evaluate(self, following: int, clock: Clock) -> Pending:
         """Begin to measure the state through what clients that start in the next round read."""
         if not self._is_evaluated(following - 1):
             return lambda: Measured(None)
@@ -205,7 +123,7 @@ class Federation:
         with clock("evaluate"):
             return self.backend.evaluate(following, self._broadcast(following), memory)
 
-    def _measured(self, evaluation: Pending, clock: _Clock) -> RoundRecord:
+    def _measured(self, evaluation: Pending, clock: Clock) -> RoundRecord:
         """The last round with its evaluation, for which this waits, and its times."""
         with clock("evaluate"):
             found = evaluation()
@@ -279,31 +197,3 @@ class Federation:
             return set()  # each starts from another one
         since = self.experiment.downlink.made_in(round) - 1
         return {client.client for record in self.history[since:] for client in record.clients}
-
-
-class _Clock:
-    """Wall time by phase since the last round was yielded; the rest of it is the caller's."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._phases = dict.fromkeys(PHASES, 0.0)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[phase] += time.perf_counter() - start
-
-    def seconds(self, busy: float) -> dict[str, float]:
-        """Phases, what they leave of the total, and what the busiest host leaves; then from 0."""
-        total = time.perf_counter() - self._start
-        found = self._phases | {
-            "record": total - sum(self._phases.values()),
-            "overhead": max(0.0, total - busy),
-            "total": total,
-        }
-        self._start, self._phases = time.perf_counter(), dict.fromkeys(PHASES, 0.0)
-        return found
-
-
-PHASES = ("broadcast", "train", "aggregate", "evaluate")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from fedlpp_ray.federation.loop import Federation, ServerLost
+from fedlpp_ray.federation.backend import ServerLost
+from fedlpp_ray.federation.loop import Federation
 from fedlpp_ray.federation.records import RoundRecord
 
 logger = logging.getLogger(__name__)

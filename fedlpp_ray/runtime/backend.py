@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.loop import Backend
+from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,

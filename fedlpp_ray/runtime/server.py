@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.loop import ServerLost
+from fedlpp_ray.federation.backend import ServerLost
 from fedlpp_ray.runtime.party import Party
 from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_bundle
 from fedlpp_ray.runtime.reactor import Reactor

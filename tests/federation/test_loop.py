@@ -23,8 +23,8 @@ from fedlpp_ray.federation import (
     RoundRecord,
     checkpoint,
 )
+from fedlpp_ray.federation.clock import PHASES
 from fedlpp_ray.federation.in_process import InProcess, in_process
-from fedlpp_ray.federation.loop import PHASES
 from fedlpp_ray.federation.records import Measured, Memory
 from fedlpp_ray.federation.results import result, run_protection, to_json
 from fedlpp_ray.federation.sampling import sample_cohort
@@ -208,8 +208,7 @@ def test_bf16_repeats_and_leaves_the_server_and_what_travels_in_fp32(
     assert half._server.evaluate() == full._server.evaluate()
     sent = full.encode_broadcast(1)
     assert half.encode_broadcast(1) == sent
-    cohort = {0: None}
-    (ours,), (theirs,) = half.train(1, cohort, sent), full.train(1, cohort, sent)
+    ours, theirs = (backend._host.train(1, 0, sent) for backend in (half, full))
     assert len(ours.payload) == len(theirs.payload)
     assert ours.payload != theirs.payload
     assert ours.loss == pytest.approx(theirs.loss, rel=0.02)
@@ -303,7 +302,7 @@ def test_overhead_is_what_the_busiest_host_and_the_evaluation_leave_of_the_total
     """On a clock that goes on by a second each time that it is read."""
     ticks = count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr("fedlpp_ray.federation.loop.time", clock)
+    monkeypatch.setattr("fedlpp_ray.federation.clock.time", clock)
     backend = TwoHosts(tiny_experiment)
     evaluate = backend.evaluate
     monkeypatch.setattr(

@@ -29,9 +29,9 @@ from fedlpp_ray.federation import (
     preflight,
 )
 from fedlpp_ray.federation.adapter import ADAPTER_STATE
+from fedlpp_ray.federation.backend import ServerLost
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
-from fedlpp_ray.federation.loop import ServerLost
 from fedlpp_ray.federation.records import ClientRecord, Memory
 from fedlpp_ray.federation.recovery import LOSSES, finished_rounds
 from fedlpp_ray.federation.results import result, to_json

@@ -1,0 +1,70 @@
+"""What the round loop needs of its parties, wherever they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from fedlpp_ray.federation.records import Assignment, ClientReport, Floor, Memory, Pending
+from fedlpp_ray.federation.wire import Broadcast
+
+
+class ServerLost(RuntimeError):
+    """The server is gone, and with it all since the last snapshot."""
+
+
+class Backend(Protocol):
+    """The server and its clients, wherever they run: in this process, or in Ray actors.
+
+    Where the server can be lost, every method may raise `ServerLost`.
+    """
+
+    def examples(self) -> Sequence[int]:
+        """Number of training examples of each client."""
+
+    def download(self) -> int:
+        """Bytes that a client downloads once, before its first round: an emulator of the model."""
+
+    def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
+        """The server's quantized state, made in a round, in the editions that clients read."""
+
+    def train(
+        self,
+        round: int,
+        cohort: Mapping[Assignment, Memory],
+        broadcasts: Mapping[int, Broadcast],
+    ) -> Iterator[ClientReport]:
+        """Have each client of the cohort train, and the server fold what it returns.
+
+        Args:
+            round: From 1.
+            cohort: Each client's part, and what it has kept.
+            broadcasts: By the round in which they were made.
+
+        Returns:
+            A report a client, in any order.
+        """
+
+    def aggregate(self, round: int) -> str:
+        """Make what was folded the server's next state; returns its digest."""
+
+    def discard(self, round: int) -> str:
+        """Forget what was folded; returns the digest of the state, which is as it was."""
+
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+        """Begin to measure the server's state and what the strongest client has of it.
+
+        Given the broadcast in force in the round that follows, and what the client has kept.
+        """
+
+    def measure_floor(self) -> Floor:
+        """What a client has without taking part."""
+
+    def adapter(self) -> dict[str, bytes]:
+        """The server's state as the files of a PEFT adapter."""
+
+    def restore(self, adapter: dict[str, bytes]) -> str:
+        """Take back the state of an `adapter`; returns its digest."""
+
+    def renew_server(self) -> None:
+        """Put a new server, as it is made from the seed, in the place of one that was lost."""

@@ -1,0 +1,28 @@
+"""A run as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.wire import Broadcast
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after its last finished round: all that it goes on from.
+
+    Everything random is derived from the seed and the round, so that no generator is part of it.
+
+    Attributes:
+        history: The finished rounds.
+        memories: What clients keep, by client.
+        broadcasts: Those from which later rounds still train, by the round they were made in.
+        adapter: The server's state, as files by name. None: as it is made from the seed.
+    """
+
+    history: tuple[RoundRecord, ...]
+    memories: Mapping[int, bytes]
+    broadcasts: Mapping[int, Broadcast]
+    adapter: Mapping[str, bytes] | None
