@@ -61,12 +61,14 @@ def measure(experiment: Experiment) -> dict[str, dict[str, float]]:
     steps = {
         "bare loop with PEFT": lambda: _bare(model, experiment, text),
         "Training": lambda: _training(model, experiment, text, device),
+        "Training, MKL": lambda: _with_mkl(lambda: _training(model, experiment, text, device)),
         "Training, group_by_length": lambda: _training(model, grouped, text, device),
         "Training, bf16": lambda: _training(half, experiment, text, device),
     }
     evaluations = {
         "adapters apart": lambda: evaluate(model, merge=False),
         "merged": lambda: evaluate(model, merge=True),
+        "merged, MKL": lambda: _with_mkl(lambda: evaluate(model, merge=True)),
         "adapters apart, bf16": lambda: evaluate(half, merge=False),
         "merged, bf16": lambda: evaluate(half, merge=True),
     }
@@ -138,6 +140,12 @@ def _training(
 ) -> None:
     options: dict[str, Any] = {"seed": 0, "pad": text.pad, "device": device}
     Training(model, text.client(0), experiment.client, steps=STEPS, **options).run()
+
+
+def _with_mkl(run: Callable[[], None]) -> None:
+    """Without oneDNN for frozen layers."""
+    with patch("fedlpp_ray.models.linear.prefers_onednn", lambda: False):
+        run()
 
 
 def _bare(model: nn.Module, experiment: Experiment, text: FederatedText) -> None:

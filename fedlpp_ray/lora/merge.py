@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.lora.state import ADAPTER
-from fedlpp_ray.models import PackedLinear
+from fedlpp_ray.models import FrozenLinear, PackedLinear
 
-_BASES = (nn.Linear, Conv1D, PackedLinear)
+_BASES = (nn.Linear, FrozenLinear, Conv1D, PackedLinear)
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def _merge(layer: Any, base: Any, dtype: torch.dtype) -> Tensor:
 
 def _linear(weight: Tensor, like: Any) -> nn.Linear:
     """A frozen layer of this weight, with another's bias."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear = FrozenLinear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = like.bias
     return linear.eval()

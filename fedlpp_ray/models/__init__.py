@@ -11,6 +11,7 @@ from fedlpp_ray.models.emulator import (
 )
 from fedlpp_ray.models.head import head_modules, modules_named, within
 from fedlpp_ray.models.layers import LayersError, outer_layers, trained_modules
+from fedlpp_ray.models.linear import FrozenLinear
 from fedlpp_ray.models.loading import (
     check_text,
     load_classifier,
@@ -33,6 +34,7 @@ from fedlpp_ray.models.shared import Base, share_base
 __all__ = [
     "Base",
     "BaseFormatError",
+    "FrozenLinear",
     "LayersError",
     "PackedLinear",
     "activation_bytes",

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
 from fedlpp_ray.models import bnb
 from fedlpp_ray.models.head import head_modules, modules_named, within
+from fedlpp_ray.models.linear import FrozenLinear
 from fedlpp_ray.models.packed import PackedLinear
 from fedlpp_ray.quantization import Quantizer
 
@@ -93,7 +94,7 @@ def linears(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Li
 
 def _as_linear(layer: Conv1D) -> nn.Linear:
     """y = x W + b with W (in, out) as y = x (W^T)^T + b: the weight is the view W^T (out, in)."""
-    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear = FrozenLinear(layer.nx, layer.nf, device="meta")
     linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
     linear.bias = layer.bias
     return linear

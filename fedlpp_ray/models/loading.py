@@ -26,6 +26,7 @@ from fedlpp_ray.assets import AssetError, check_sha256, files_identity, locate
 from fedlpp_ray.config import ModelConfig
 from fedlpp_ray.models import gguf
 from fedlpp_ray.models.head import head_modules, within
+from fedlpp_ray.models.linear import use_frozen_linears
 from fedlpp_ray.seeds import global_seed
 
 
@@ -160,6 +161,7 @@ def _check_shapes(config: ModelConfig, mismatched: list[str]) -> None:
 def frozen(model: Any, pad: int) -> torch.nn.Module:
     """A model as all loaders return it."""
     model.config.pad_token_id = pad
+    use_frozen_linears(model)
     return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fedlpp_ray.models.linear import product
 from fedlpp_ray.quantization import QuantizedTensor, Quantizer
 
 
@@ -75,11 +75,13 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.packed.dequantize(x.dtype), bias)
+        return product(x, layer.packed.dequantize(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
         needs_x, needs_bias, _ = ctx.needs_input_grad
-        x = gradient @ ctx.layer.packed.dequantize(gradient.dtype) if needs_x else None
+        x = None
+        if needs_x:
+            x = product(gradient, ctx.layer.packed.dequantize(gradient.dtype).t())
         return x, gradient.flatten(0, -2).sum(0) if needs_bias else None, None
