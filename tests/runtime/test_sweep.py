@@ -144,3 +144,23 @@ def test_a_sweep_that_cannot_be_placed_starts_nothing(space_file: Path) -> None:
     with pytest.raises(PlacementError, match="one actor requires 99 CPU"):
         run_sweep(space, str(space_file.parent / "out"), [])
     assert not (space_file.parent / "out").exists()
+
+
+WARM = """
+from ray import tune
+
+base = "tiny.yaml"
+param_space = {"lora.rank": tune.grid_search([2, 3, 4]), "runtime.client_actors": 1}
+objectives = {"server/accuracy": "max"}
+tune_config = tune.TuneConfig(max_concurrent_trials=1)
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_one_trial_after_the_other_uses_the_same_actors(space_file: Path) -> None:
+    space_file.write_text(WARM)
+    outcomes = run_sweep(load_space(space_file), str(space_file.parent / "out"), [])
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3
+    started = [actor["ActorClassName"] for actor in ray._private.state.actors().values()]
+    assert started.count("Party") == 2  # a server and a client host, for three trials
+    check_nothing_is_left()
