@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -32,7 +33,9 @@ def run_command(command: Callable[[], int], console: Console) -> int:
 
 
 class StopSignal:
-    """Has SIGTERM stop the block as Ctrl-C does, by KeyboardInterrupt.
+    """Has SIGTERM stop the block as Ctrl-C does, by KeyboardInterrupt, and neither at a bad moment.
+
+    Ctrl-C stays ignored where it was, as in the background of a script.
 
     Attributes:
         status: The exit status that tells which of them it was: 130 or 143.
@@ -40,24 +43,44 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.status = 128 + signal.SIGINT
+        self._held, self._stopped = False, False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = signal.getsignal(signal.SIGTERM)
+        taken = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            taken.append(signal.SIGINT)
+        self._before = {number: signal.getsignal(number) for number in taken}
         self.listen()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signal (again: a library may have taken it over)."""
+        """Take the signals (again: a library may have taken one over)."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._stop)
+            for number in self._before:
+                signal.signal(number, self._stop)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a stop wait for the end of the block, which must not be cut in two."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._stopped:
+            self._stopped = False
+            raise KeyboardInterrupt
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.status = 128 + number
-        raise KeyboardInterrupt
+        self.status, self._stopped = 128 + number, self._held
+        if not self._held:
+            raise KeyboardInterrupt
 
 
 def check_writable_file(option: str, path: Path) -> None:

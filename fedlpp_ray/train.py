@@ -100,7 +100,7 @@ class _Command:
         previous = None if text else self.folder.latest()
         if self.options.resume:
             self._say_where(previous, finished=text is not None)
-        log = _log(self.options.tracking_uri, self.experiment, self.folder)
+        log = self._log()
         with log.open() if log else nullcontext():
             if text is None:
                 text = self._run(previous, log)
@@ -109,6 +109,15 @@ class _Command:
             if log:
                 log.finish(outcome)
         self._deliver(text, outcome)
+
+    def _log(self) -> RunLog | None:
+        if self.options.tracking_uri is None:
+            return None
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
+        from fedlpp_ray.tracking.run_log import RunLog
+
+        uri = self.options.tracking_uri
+        return RunLog(uri, self.experiment, self.folder, self.stop.held)
 
     def _say_where(self, previous: Path | None, *, finished: bool) -> None:
         where = f"going on after {previous.name}" if previous else "nothing to go on with: starting"
@@ -173,15 +182,6 @@ class _Command:
         for line in protection_lines(outcome):
             self.console.print(line)
         self.console.print(f"result    {self.folder.path / RESULT}")
-
-
-def _log(uri: str | None, experiment: Experiment, folder: RunFolder) -> RunLog | None:
-    if uri is None:
-        return None
-    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
-    from fedlpp_ray.tracking.run_log import RunLog
-
-    return RunLog(uri, experiment, folder)
 
 
 if __name__ == "__main__":

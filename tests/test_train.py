@@ -174,10 +174,29 @@ def test_ctrl_c_leaves_a_folder_to_go_on_with(
 
     monkeypatch.setattr(InProcess, "evaluate", interrupted)
     command = ["tiny.yaml", "--in-process", "--output", "run"]
-    assert train.main(command) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
+    try:
+        assert train.main(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped; run holds 1 of 2 rounds" in capsys.readouterr().err
     assert train.main([*command, "--resume"]) == 0
     assert evaluated == [2, 3, 3]  # the first round is not run again
+
+
+def test_a_stop_waits_for_what_must_not_be_cut_in_two() -> None:
+    done = []
+
+    def work(stop: StopSignal) -> None:
+        with stop.held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("the whole block")
+        done.append("nothing after it")
+
+    with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+        work(stop)
+    assert done == ["the whole block"]
+    assert stop.status == 143
 
 
 def test_a_signal_is_taken_only_in_the_block_and_may_be_taken_back() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,20 @@ class RunLog:
         uri: Tracking URI.
         experiment: What is run.
         folder: Its folder; where the store is SQLite, artifacts go beside it.
+        held: A block that no signal cuts in two: a transaction that is would lock the store.
 
     Raises:
         TrackingError: the store cannot be used.
     """
 
-    def __init__(self, uri: str, experiment: Experiment, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        uri: str,
+        experiment: Experiment,
+        folder: RunFolder,
+        held: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._folder, self._held = folder, held
         self._tracker = Tracker(uri, EXPERIMENT_NAME, folder.path.parent / ARTIFACTS)
         self._tags = {RUN_TAG: folder.run_id()}
         self._config = experiment.model_dump(mode="json")
@@ -94,9 +101,9 @@ class RunLog:
             elif path.name in ("experiment.yaml", "history.json"):
                 self._tracker.client.log_artifact(self._run(), str(path))
 
-    @staticmethod
-    def _try(action: Callable[[], None]) -> None:
+    def _try(self, action: Callable[[], None]) -> None:
         try:
-            action()
+            with self._held():
+                action()
         except Exception as error:
             logger.warning("not logged to MLflow: %s", error)
