@@ -1,6 +1,6 @@
 """Memory of client processes that share a base, and of a host against the number of clients.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [--quick] [--into benchmarks/README.md]
 
 Each process makes the base of the named experiment, reads all of it and waits; what the kernel
 then says of it (/proc/PID/smaps_rollup) is compared with before. PSS counts a page that k processes
@@ -14,10 +14,13 @@ import gc
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page
+
+NAME = "benchmarks.memory"
 EXPERIMENTS = {
     "MiniLM, fp32": ("configs/trec_minilm.yaml",),
     "MiniLM, packed 4 bits": ("configs/trec_minilm.yaml", "client.base_bits=4"),
@@ -31,10 +34,10 @@ PROCESSES = (1, 2, 4)
 POPULATIONS = (10, 1_000, 100_000, 1_000_000)
 
 
-def bases() -> list[dict[str, Any]]:
+def bases(experiments: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
     """A row for each experiment, way of loading and number of processes; MB a process."""
     rows = []
-    for name, arguments in EXPERIMENTS.items():
+    for name, arguments in experiments.items():
         _measure(1, "shared", arguments)  # fills the cache
         for way in ("alone", "shared"):
             for count in PROCESSES:
@@ -42,12 +45,12 @@ def bases() -> list[dict[str, Any]]:
     return rows
 
 
-def hosts() -> list[dict[str, Any]]:
+def hosts(populations: Sequence[int]) -> list[dict[str, Any]]:
     """A row for each population; MB of a client host beyond its imports."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             {"clients": count} | _measure(1, "host", (folder, str(count)), runs=2)
-            for count in POPULATIONS
+            for count in populations
         ]
 
 
@@ -168,8 +171,17 @@ def _host(folder: str, clients: str) -> Callable[[], tuple[Any, int]]:
     return lambda: (ClientHost(experiment), 0)
 
 
+def main() -> None:
+    """Measure, print, write."""
+    options = page.parser(NAME, __doc__).parse_args()
+    count = 1 if options.quick else len(EXPERIMENTS)
+    experiments = dict(list(EXPERIMENTS.items())[:count])
+    populations = POPULATIONS[:2] if options.quick else POPULATIONS
+    page.deliver(NAME, options, lambda: markdown(bases(experiments), hosts(populations)))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] and sys.argv[1] in ("alone", "shared", "host"):
         _child(sys.argv[1], sys.argv[2:])
     else:
-        print(markdown(bases(), hosts()))
+        main()

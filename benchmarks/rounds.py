@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from benchmarks import page
@@ -35,7 +35,7 @@ NAME = "benchmarks.rounds"
 NAME_GPU = "benchmarks.rounds --gpu"
 BOTOCORE = "configs/botocore_smollm2.yaml"
 NOT_EVALUATED = ("evaluation.every=100000", "evaluation.server=false", "task.held_out=8")
-ROUNDS, TURNS = 4, 3
+ROUNDS, TURNS = 3, 2
 """Measured rounds of a turn, and turns of each side."""
 
 
@@ -60,8 +60,8 @@ class Setting:
     model: str = "ours"
 
     def overrides(self, rounds: int) -> list[str]:
-        """Of the configuration file; two rounds more than are measured."""
-        own = [f"runtime.client_actors={self.workers}", f"federation.rounds={rounds + 2}"]
+        """Of the configuration file; one round more than is measured."""
+        own = [f"runtime.client_actors={self.workers}", f"federation.rounds={rounds + 1}"]
         return [*NOT_EVALUATED, *self.keys, *own]
 
     def experiment(self, rounds: int) -> Experiment:
@@ -98,10 +98,16 @@ class Row:
         return (median(self.ours) - median(self.bare)) * self.setting.workers / self.cohort
 
 
-def _cpu_settings() -> list[Setting]:
-    def minilm(
-        title: str, clients: int, cohort: int, steps: int, texts: int, target: float | None
-    ) -> list[Setting]:
+def cpu_settings() -> list[Setting]:
+    """Those of the first table."""
+    minilm = {
+        "the default": ((80, 4, 10, 8), 1.05),
+        "compute-bound": ((40, 2, 10, 16), 1.05),
+        "tiny clients": ((100, 30, 1, 4), None),
+    }
+    found = []
+    for name, ((clients, cohort, steps, texts), target) in minilm.items():
+        title = f"MiniLM, {name}: {cohort} clients x {steps} steps x {texts} texts"
         keys = (
             "federation.client_fraction=null",
             f"federation.clients={clients}",
@@ -109,9 +115,7 @@ def _cpu_settings() -> list[Setting]:
             f"federation.local_steps={steps}",
             f"client.batch_size={texts}",
         )
-        shown = f"{title}: {cohort} clients x {steps} steps x {texts} texts"
-        return [Setting(shown, DEFAULT, keys, workers, target) for workers in (1, 2)]
-
+        found += [Setting(title, DEFAULT, keys, workers, target) for workers in (1, 2)]
     smollm2 = Setting(
         "SmolLM2, packed 4 bits: 4 clients x 2 steps x 8 texts",
         BOTOCORE,
@@ -119,13 +123,7 @@ def _cpu_settings() -> list[Setting]:
         workers=2,
         target=1.05,
     )
-    return [
-        *minilm("MiniLM, the default", 80, 4, 10, 8, 1.05),
-        *minilm("MiniLM, compute-bound", 40, 4, 10, 16, 1.05),
-        *minilm("MiniLM, tiny clients", 100, 30, 1, 4, None),
-        replace(smollm2, workers=1),
-        smollm2,
-    ]
+    return [*found, smollm2]
 
 
 def gpu_settings(keys: Sequence[str], shares: Sequence[float] = (1, 0.5, 0.25)) -> list[Setting]:
@@ -179,9 +177,8 @@ def measure(setting: Setting, rounds: int, turns: int) -> Row:
 
 
 def _rounds(experiment: Experiment, backend: RayBackend) -> list[float]:
-    """Seconds from one round's end to the next; the first has the start, the last the end."""
-    federation = Federation(experiment, backend)
-    history = list(federation.run())[1:-1]
+    """Seconds from one round's end to the next, all but the first; the last is evaluated."""
+    history = list(Federation(experiment, backend).run())[1:]
     return [record.seconds["total"] - record.seconds["evaluate"] for record in history]
 
 
@@ -232,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.gpu:
         _check_gpu()
-    settings = gpu_settings(options.keys) if options.gpu else _cpu_settings()
+    settings = gpu_settings(options.keys) if options.gpu else cpu_settings()
     rounds, turns = (1, 1) if options.quick else (ROUNDS, TURNS)
     if options.quick:
         settings = settings[:2]

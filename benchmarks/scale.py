@@ -100,32 +100,15 @@ def make(megabytes: int, cohort: int, folder: Path) -> dict[str, float]:
 
 def receive(megabytes: int, cohort: int, folder: Path) -> dict[str, float]:
     """The server's side of a round; seconds of an update and of the end, and peak memory in MB."""
-    clients = range(FIRST, FIRST + cohort)
-    config = experiment(cohort)
-    opening = Opening(
-        experiment=config,
-        schema=schema(megabytes),
-        round=1,
-        cohort=tuple(Assignment(client, 1) for client in clients),
-        broadcasts={1: {RANK: (folder / "broadcast").read_bytes()}},
-        examples=dict.fromkeys(clients, 1),
-        unsent={},
-    )
+    _warm_up()
+    broadcast = (folder / "broadcast").read_bytes()
     reset_peak()
     before = resident("VmRSS")
-    aggregator = Aggregator(opening)
+    aggregator = _open(megabytes, cohort, broadcast)
+    clients = range(FIRST, FIRST + cohort)
     seconds = [_receive_one(aggregator, folder / "update", client) for client in clients]
-    optimizer: Any = make_optimizer(
-        config.server.optimizer,
-        opening.schema,
-        lr=config.server.lr,
-        momentum=config.server.momentum,
-        beta1=config.server.beta1,
-        beta2=config.server.beta2,
-        tau=config.server.tau,
-    )
     start = time.perf_counter()
-    aggregator.total.next_state(aggregator.own, aggregator.own, optimizer, generator(0, "end"))
+    _close(aggregator)
     close, peak = time.perf_counter() - start, resident("VmHWM") - before
     del aggregator
     return {
@@ -133,9 +116,38 @@ def receive(megabytes: int, cohort: int, folder: Path) -> dict[str, float]:
         "all": sum(seconds),
         "close": close,
         "peak": peak,
-        "plain": best(_plain((folder / "update").read_bytes(), opening.schema)),
+        "plain": best(_plain((folder / "update").read_bytes(), schema(megabytes))),
         "copy": copy_seconds(megabytes * 2**20),
     }
+
+
+def _open(megabytes: int, cohort: int, broadcast: bytes) -> Aggregator:
+    clients = range(FIRST, FIRST + cohort)
+    return Aggregator(
+        Opening(
+            experiment=experiment(cohort),
+            schema=schema(megabytes),
+            round=1,
+            cohort=tuple(Assignment(client, 1) for client in clients),
+            broadcasts={1: {RANK: broadcast}},
+            examples=dict.fromkeys(clients, 1),
+            unsent={},
+        )
+    )
+
+
+def _close(aggregator: Aggregator) -> None:
+    """Make the next state, as `Server.aggregate` does."""
+    optimizer = make_optimizer("fedavg", aggregator.total.plan.schema, lr=1.0)
+    aggregator.total.next_state(aggregator.own, aggregator.own, optimizer, generator(0, "end"))
+
+
+def _warm_up() -> None:
+    """Load whatever is loaded at the first use."""
+    wire, state = Wire(experiment(2), schema(1)), random_state(schema(1), 0)
+    aggregator = _open(1, 2, encode(wire.envelope(1, RANK), state, wire.downlink))
+    aggregator.receive(FIRST, encode(Envelope("update", 1, FIRST, 1), state, wire.uplink))
+    _close(aggregator)
 
 
 def _receive_one(aggregator: Aggregator, update: Path, client: int) -> float:
