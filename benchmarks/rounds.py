@@ -46,7 +46,7 @@ class Setting:
     Attributes:
         title: What it is.
         config: YAML file.
-        keys: Overrides, beside `NOT_EVALUATED`.
+        keys: `key=value` overrides, beside `NOT_EVALUATED`; of a key given twice the last counts.
         workers: Client actors, and processes of the bare loop.
         target: Of the ratio, or None where it is only reported.
         model: Of the bare loop: `ours` or `qlora`.
@@ -62,7 +62,8 @@ class Setting:
     def overrides(self, rounds: int) -> list[str]:
         """Of the configuration file; one round more than is measured."""
         own = [f"runtime.client_actors={self.workers}", f"federation.rounds={rounds + 1}"]
-        return [*NOT_EVALUATED, *self.keys, *own]
+        keys = dict(key.split("=", 1) for key in (*NOT_EVALUATED, *self.keys, *own))
+        return [f"{key}={value}" for key, value in keys.items()]
 
     def experiment(self, rounds: int) -> Experiment:
         """Of so many measured rounds."""

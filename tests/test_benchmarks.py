@@ -134,7 +134,9 @@ def test_every_setting_of_the_rounds_is_an_experiment() -> None:
         experiment = setting.experiment(3)
         assert experiment.federation.rounds == 4
         assert experiment.runtime.client_actors == setting.workers
-    packed = [setting.experiment(3) for setting in rounds.gpu_settings(["seed=7"])]
+    keys = ["seed=7", "client.batch_size=3"]  # in the place of its own
+    packed = [setting.experiment(3) for setting in rounds.gpu_settings(keys)]
+    assert {each.client.batch_size for each in packed} == {3}
     assert [each.runtime.client_actors for each in packed] == [1, 2, 4]
     assert [each.runtime.client_gpus for each in packed] == [1, 0.5, 0.25]
     assert {(each.client.base_format, each.seed) for each in packed} == {("bitsandbytes", 7)}
