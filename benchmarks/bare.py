@@ -7,8 +7,10 @@ batches are those that the client has in the federation, tokenized beforehand. T
 round on a line of its input, it trains every `WORKERS`-th client of that round's cohort, beginning
 with number `WORKER`, and answers with the tokens that these have, without padding.
 
-The model is a transformers model in the same format as the clients', wrapped by PEFT. `qlora` loads
-it as QLoRA's authors do: transformers' nf4 through bitsandbytes, computing in bf16, on the GPU.
+The model is a transformers model in the same format as the clients', wrapped by PEFT, and the loss
+is theirs: of a language model no more logits are computed than have a label. With `qlora` it is
+loaded as QLoRA's authors do, transformers' nf4 through bitsandbytes, computing in bf16, and the
+loss is transformers' own.
 """
 
 from __future__ import annotations
@@ -114,11 +116,12 @@ class Loop:
         runtime = experiment.runtime
         self._device = configure_torch(runtime.threads, runtime.client_gpus)
         self._experiment, self._text = experiment, FederatedText(experiment)
-        make = _qlora if model == "qlora" else _ours
+        self._plain = model == "qlora"
+        make = _qlora if self._plain else _ours
         base = make(experiment, self._text, self._device)
         self._model: Any = add_lora(base, experiment.lora, experiment.seed).to(self._device)
         self._half = experiment.client.compute == "bf16"
-        if self._half and model == "ours":
+        if self._half and not self._plain:
             store_in_bf16(self._model)
         self._trained = list(trainable(self._model).values())
         with torch.no_grad():
@@ -151,14 +154,22 @@ class Loop:
         for batch in self._batches(number, client):
             tokens += int(batch["attention_mask"].sum())
             with torch.autocast(self._device.type, torch.bfloat16) if self._half else nullcontext():
-                placed = {name: tensor.to(self._device) for name, tensor in batch.items()}
-                loss = self._model(**placed).loss
+                loss = self._loss(batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         torch.stack(losses).tolist()  # on a GPU: until all is done
         return tokens
+
+    def _loss(self, batch: dict[str, Any]) -> Any:
+        from fedlpp_ray.training import predictions, smoothed_loss
+
+        if self._plain:
+            placed = {name: tensor.to(self._device) for name, tensor in batch.items()}
+            return self._model(**placed).loss
+        logits, labels = predictions(self._model, batch, self._device)
+        return smoothed_loss(logits, labels, 0.0)
 
     def _batches(self, number: int, client: int) -> Iterator[dict[str, Any]]:
         """Those of the client's `Training` in the round."""

@@ -4,8 +4,8 @@
     python -m benchmarks.rounds --gpu [--quick] [--into benchmarks/README.md] [KEY=VALUE ...]
 
 The bare loop runs in as many processes as there are client actors, with their threads and their
-niceness: the same model, base format, clients, batches and optimizer, for each client no more than
-the adapter set back and a fresh AdamW. Both sides stay loaded and take turns, some rounds at a
+niceness: the same model, base format, clients, batches, loss and optimizer, for each client no more
+than the adapter set back and a fresh AdamW. Both sides stay loaded and take turns, some rounds at a
 time. A round is all between two rounds' ends: sampling, broadcast, schedule, transport, decoding,
 training, checks, aggregation. Evaluation is left out on either side, and so is each turn's first
 round. `beyond arithmetic` is what is left of a worker's time per client.
@@ -108,7 +108,7 @@ def cpu_settings() -> list[Setting]:
     }
     found = []
     for name, ((clients, cohort, steps, texts), target) in minilm.items():
-        title = f"MiniLM, {name}: {cohort} clients x {steps} steps x {texts} texts"
+        title = f"MiniLM, {name}: {cohort} clients x {steps} step{'s' if steps > 1 else ''} x {texts} texts"
         keys = (
             "federation.client_fraction=null",
             f"federation.clients={clients}",
