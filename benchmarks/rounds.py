@@ -108,7 +108,7 @@ def cpu_settings() -> list[Setting]:
     }
     found = []
     for name, ((clients, cohort, steps, texts), target) in minilm.items():
-        title = f"MiniLM, {name}: {cohort} clients x {steps} step{'s' if steps > 1 else ''} x {texts} texts"
+        title = f"MiniLM, {name}: {cohort} clients x {steps} step(s) x {texts} texts"
         keys = (
             "federation.client_fraction=null",
             f"federation.clients={clients}",
