@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STORAGE ?= results
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install sweep ui test test-slow lint format bench bench-methods clean
+.PHONY: install sweep ui test test-slow lint format bench bench-runtime bench-flower bench-methods clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,16 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+BENCHMARKS := rounds memory scale recovery startup arithmetic
+
+bench-runtime: $(INSTALLED)
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --into benchmarks/README.md || exit 1; \
+	done
+
+bench-flower: $(INSTALLED)
+	$(BIN)/python -m benchmarks.flower --into benchmarks/README.md
 
 bench-methods: $(INSTALLED)
 	$(BIN)/python -m benchmarks.methods --into README.md

@@ -1,6 +1,6 @@
 """What a client's step and an evaluation cost beside the arithmetic that their result needs.
 
-    python -m benchmarks.arithmetic            seconds, side by side; a few minutes
+    python -m benchmarks.arithmetic [--quick] [--into benchmarks/README.md]
     python -m benchmarks.arithmetic --utility  the default experiment in fp32 and in bf16; longer
 
 The first is on one CPU thread, each variant in turn, best of several. The bare loop is what a
@@ -25,6 +25,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from benchmarks import page
 from fedlpp_ray.config import Experiment, load_experiment
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.data import FederatedText
@@ -39,6 +40,7 @@ from fedlpp_ray.training import Training, configure_torch
 SHORT = ["task.held_out=16", "generation.examples=8", "generation.max_new_tokens=16"]
 PACKED = ["client.base_bits=4", "client.dequantize_at_load=false"]
 BOTOCORE = "configs/botocore_smollm2.yaml"
+NAME = "benchmarks.arithmetic"
 EXPERIMENTS = {
     "MiniLM, TREC": (DEFAULT, []),
     "SmolLM2, botocore, 4 bits": (BOTOCORE, [*SHORT, *PACKED]),
@@ -192,10 +194,22 @@ def _best(variants: dict[str, Callable[[], None]], units: int) -> dict[str, floa
     return best
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--utility"]:
+def main() -> None:
+    """Measure, print, write."""
+    parser = page.parser(NAME, __doc__)
+    parser.add_argument("--utility", action="store_true", help="fp32 and bf16, the default trained")
+    options = parser.parse_args()
+    if options.utility:
         print(utility_markdown(utility()))
-    else:
-        for name, (config, keys) in EXPERIMENTS.items():
-            experiment = load_experiment(config, keys)
-            print(markdown(name, measure(experiment), padding(experiment)), end="\n\n", flush=True)
+        return
+
+    def tables() -> str:
+        names = list(EXPERIMENTS)[: 1 if options.quick else None]
+        found = {name: load_experiment(*EXPERIMENTS[name]) for name in names}
+        return "\n\n".join(markdown(n, measure(e), padding(e)) for n, e in found.items())
+
+    page.deliver(NAME, options, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Memory of client processes that share a base, and of a host against the number of clients.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [--quick] [--into benchmarks/README.md]
 
 Each process makes the base of the named experiment, reads all of it and waits; what the kernel
 then says of it (/proc/PID/smaps_rollup) is compared with before. PSS counts a page that k processes
@@ -14,10 +14,13 @@ import gc
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page
+
+NAME = "benchmarks.memory"
 EXPERIMENTS = {
     "MiniLM, fp32": ("configs/trec_minilm.yaml",),
     "MiniLM, packed 4 bits": ("configs/trec_minilm.yaml", "client.base_bits=4"),
@@ -31,23 +34,25 @@ PROCESSES = (1, 2, 4)
 POPULATIONS = (10, 1_000, 100_000, 1_000_000)
 
 
-def bases() -> list[dict[str, Any]]:
+def bases(
+    experiments: Mapping[str, tuple[str, ...]], processes: Sequence[int] = PROCESSES
+) -> list[dict[str, Any]]:
     """A row for each experiment, way of loading and number of processes; MB a process."""
     rows = []
-    for name, arguments in EXPERIMENTS.items():
+    for name, arguments in experiments.items():
         _measure(1, "shared", arguments)  # fills the cache
         for way in ("alone", "shared"):
-            for count in PROCESSES:
+            for count in processes:
                 rows.append({"base": name, "way": way} | _measure(count, way, arguments))
     return rows
 
 
-def hosts() -> list[dict[str, Any]]:
+def hosts(populations: Sequence[int]) -> list[dict[str, Any]]:
     """A row for each population; MB of a client host beyond its imports."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             {"clients": count} | _measure(1, "host", (folder, str(count)), runs=2)
-            for count in POPULATIONS
+            for count in populations
         ]
 
 
@@ -168,8 +173,21 @@ def _host(folder: str, clients: str) -> Callable[[], tuple[Any, int]]:
     return lambda: (ClientHost(experiment), 0)
 
 
+def main() -> None:
+    """Measure, print, write."""
+    options = page.parser(NAME, __doc__).parse_args()
+
+    def tables() -> str:
+        if options.quick:
+            name = next(iter(EXPERIMENTS))
+            return markdown(bases({name: EXPERIMENTS[name]}, (1,)), hosts(POPULATIONS[:1]))
+        return markdown(bases(EXPERIMENTS), hosts(POPULATIONS))
+
+    page.deliver(NAME, options, tables)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] and sys.argv[1] in ("alone", "shared", "host"):
         _child(sys.argv[1], sys.argv[2:])
     else:
-        print(markdown(bases(), hosts()))
+        main()

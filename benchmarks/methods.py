@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import page
 from fedlpp_ray.config import Experiment, load_experiment
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import in_process
@@ -28,7 +29,7 @@ from fedlpp_ray.federation.results import result
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "methods"
-BEGIN, END = "<!-- benchmarks.methods -->", "<!-- end of benchmarks.methods -->"
+NAME = "benchmarks.methods"
 HALFWAY = "evaluation.every=5"
 SECONDS = "seconds/processor"
 COLUMNS = {
@@ -81,19 +82,6 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def replaced(page: str, table: str) -> str:
-    """The page with the table between its marks.
-
-    Raises:
-        ValueError: it has no marks.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no '{BEGIN}' and '{END}'")
-    return f"{before}{begin}\n{table}\n{end}{after}"
-
-
 def _cell(column: str, values: list[float | None]) -> str:
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
@@ -117,8 +105,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     table = markdown(measure(options.names, options.seeds))
     if options.into:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(replaced(page, table), encoding="utf-8")
+        page.write(options.into, NAME, table)
     print(f"\n{table}")
 
 

@@ -1,6 +1,6 @@
 """The same federations in Flower's simulation engine and here, side by side.
 
-    python -m benchmarks.flower [--quick] [--only NAME]
+    python -m benchmarks.flower [--quick] [--only NAME] [--into FILE]
 
 Model, data and their shares, cohort size, local steps, optimizer, batch size, precision, workers
 and threads are the same. Flower's app is written as its documentation and examples have it: a
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page
 from benchmarks.flower import table
 from benchmarks.flower.processes import install, run_arithmetic, run_flower, run_ours
 from benchmarks.flower.settings import FLOWER, SETTINGS, WORKERS, Setting, app_config
@@ -113,6 +114,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.flower")
     parser.add_argument("--only", choices=names, help="one setting alone")
     parser.add_argument("--quick", action="store_true", help="one run of two rounds: a smoke test")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="has the table between marks")
     return parser.parse_args()
 
 
@@ -131,7 +133,10 @@ def main() -> None:
         for _ in range(1 if options.quick else REPEATS):
             for comparison in comparisons:
                 comparison.run()
-        print(markdown(comparisons, load))
+        tables = markdown(comparisons, load)
+        print(tables)
+        if options.into:
+            page.write(options.into, "benchmarks.flower", f"\n{tables}\n")
 
 
 if __name__ == "__main__":
