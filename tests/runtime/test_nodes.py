@@ -138,3 +138,149 @@ def test_a_node_dies_at_work(
     assert run(experiment, backend) == expected
     killed = next(name for name in names if name.startswith(work))
     assert names.count(killed) >= 2
+
+
+def test_an_update_is_lost_with_its_node_before_the_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    backend: RayBackend,
+    experiment: Experiment,
+    expected: Numbers,
+) -> None:
+    """On the node that comes, all that actors return is in its object store."""
+    nodes.kill(nodes.there(CLIENT_CPUS)[0])
+    monkeypatch.setenv("RAY_max_direct_call_object_size", "10")
+    new = nodes.add(CLIENT_CPUS)
+    assert backend.begin(experiment)
+    backend.pool.until(lambda: new in [s.place.node for s in backend.pool.working if s.place])
+    lost: list[int] = []
+
+    def kill(_: int, __: CohortTraining, ___: Job, client: int, report: Any, ____: Any) -> None:
+        place = backend.pool.slots[report.host].place
+        if not lost and place and place.node == new:
+            lost.append(client)
+            nodes.kill(new)
+
+    names: list[str] = []
+    around(monkeypatch, CohortTraining, "_returned", before=kill)
+    around(monkeypatch, Job, "begin", before=lambda _, job, __: names.append(job.name))
+    assert run(experiment, backend) == expected
+    assert names.count(f"round 1, client {lost[0]}") == 2
+
+
+def test_a_node_with_notice_gets_no_client_and_its_loss_is_no_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    backend: RayBackend,
+    experiment: Experiment,
+    expected: Numbers,
+) -> None:
+    sent: list[tuple[str, str]] = []
+    jobs: list[Job] = []
+
+    def act(number: int, job: Job, actor: Any) -> None:
+        sent.append((job.name, node_of(backend.pool, actor)))
+        jobs.append(job)
+        if number == 1:  # hangs until its node is killed
+            os.kill(hung, signal.SIGSTOP)
+            nodes.drain(sent[0][1], 300)
+        if number == 4:
+            nodes.kill(sent[0][1])
+
+    first = next(slot for slot in backend.pool.slots if slot.state == "idle")
+    hung = ray.get(first.actor.__ray_call__.remote(lambda _: os.getpid()))
+    around(monkeypatch, Job, "begin", after=act)
+    assert run(experiment, backend) == expected
+    leaving = sent[0][1]
+    # The second is sent before the notice, or after it to the other.
+    assert [name for name, node in sent if node == leaving] == [sent[0][0]]
+    assert [name for name, _ in sent].count(sent[0][0]) == 2
+    assert [job.attempts for job in jobs] == [0] * len(jobs)
+
+
+def test_the_pool_follows_nodes_that_come_and_go(
+    nodes: Nodes, backend: RayBackend, experiment: Experiment, expected: Numbers
+) -> None:
+    federation, counts = Federation(experiment, backend), []
+    for record in finished_rounds(federation):
+        counts.append(len(backend.pool.working))
+        if record.round == 1:
+            nodes.add(CLIENT_CPUS)
+            backend.pool.until(lambda: len(backend.pool.working) == 3)
+        if record.round == 2:
+            for node in nodes.there(CLIENT_CPUS)[:2]:
+                nodes.kill(node)
+    assert counts == [2, 3, 1]
+    assert numbers(federation.history) == expected
+
+
+@pytest.mark.parametrize("lost", ["nothing", "aggregator", "node"])
+def test_sums_by_node_give_the_bits_of_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    backend: RayBackend,
+    experiment: Experiment,
+    expected: Numbers,
+    lost: str,
+) -> None:
+    partial = experiment.with_values({"runtime.partial_sums_from": 2})
+    monkeypatch.setattr(backend, "_experiment", partial)
+    summed: list[set[str]] = []
+
+    def added(number: int, sums: OnNodes, _: int, node: str, __: Any) -> None:
+        if lost == "aggregator" and number in (2, 3):
+            ray.kill(sums._actors[node])
+
+    def collected(number: int, sums: OnNodes) -> None:
+        summed.append(set(sums._clients))
+        if lost == "node" and number == 1:
+            nodes.kill(sorted(sums._clients)[0])
+
+    around(monkeypatch, OnNodes, "add", after=added)
+    around(monkeypatch, OnNodes, "collect", before=collected)
+    assert run(experiment, backend) == expected
+    assert summed[0] <= set(nodes.there(CLIENT_CPUS)) or lost == "node"
+    assert (len(summed) > 3) == (lost == "node")
+
+
+EMULATED = {
+    "adapter.kind": "prompt",
+    "adapter.tokens": 4,
+    "emulator.kind": "shared-layer",
+    "emulator.steps": 2,
+    "server.examples": 40,
+}
+
+
+@pytest.mark.parametrize("values", [{}, EMULATED], ids=["default", "emulator"])
+def test_the_servers_node_dies(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: Nodes,
+    backend: RayBackend,
+    tiny_experiment: Experiment,
+    values: dict[str, object],
+) -> None:
+    """And then a client actor, which the next one replaces from what is left."""
+    changed = tiny_experiment.with_values(VALUES | values)
+    expected = numbers(list(Federation(changed, InProcess(changed)).run()))
+    assert backend.begin(changed)
+    nodes.add(SERVER_CPUS)
+    backend.pool.until(lambda: len(backend.pool.working) == 2)
+    federation, killed = Federation(changed, backend), []
+
+    def kill_server(number: int, server: ServerActor, *_: Any) -> None:
+        if number == 5:
+            killed.append(ray.get(server._start).node)
+            nodes.kill(killed[0])
+
+    def kill_client(_: int, __: Job, actor: Any) -> None:
+        if len(killed) == 1:
+            killed.append(node_of(backend.pool, actor))
+            ray.kill(actor)
+
+    around(monkeypatch, ServerActor, "send", before=kill_server)
+    around(monkeypatch, Job, "begin", after=kill_client)
+    list(finished_rounds(federation))
+    assert numbers(federation.history) == expected
+    assert len(killed) == 2
+    backend.pool.until(lambda: len(backend.pool.working) == 2)
