@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import ray
 from ray._private.utils import get_ray_address_file
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.cluster_utils import Cluster
@@ -45,6 +43,10 @@ class Nodes:
     def kill(self, node: str) -> None:
         """End all processes of a node at once."""
         (found,) = (each for each in self._cluster.worker_nodes if each.node_id == node)
+        raylet = psutil.Process(found.all_processes["raylet"][0].process.pid)
+        workers = raylet.children(recursive=True)
+        for process in workers:  # which would go on for a moment after their raylet
+            process.kill()
         self._cluster.remove_node(found, allow_graceful=False)
         del self._cpus[node]
 
@@ -122,11 +124,3 @@ def around(
         return result
 
     patch.setattr(owner, method, wrapped)
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait for something outside of this process."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)

@@ -119,13 +119,16 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
             raise value
         return value
 
+    def kill(actor: Actor) -> None:
+        worlds[-1].killed.append(actor)
+
     def make(*arguments: Any, **named: Any) -> World:
         worlds.append(World(*arguments, **named))
         return worlds[-1]
 
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "kill", lambda actor: worlds[-1].killed.append(actor))
+    monkeypatch.setattr(ray, "kill", kill)
     monkeypatch.setattr(pool, "draining", frozenset)
     return make
 
@@ -332,11 +335,12 @@ def test_an_actor_that_does_not_start_thrice_in_a_row_is_given_up(
 
 def test_if_no_actor_starts_the_pool_gives_up(world: Callable[..., World]) -> None:
     there = world(1)
+    for _ in range(2):
+        there.actor(0).start.values.append(LostError("gone"))
+        there.serve()
+    there.actor(0).start.values.append(LostError("no such image"))
     with pytest.raises(PlacementError, match="no client actor is left: LostError: no such image"):
-        for _ in range(3):
-            there.actor(0).start.values.append(LostError("no such image"))
-            there.serve()
-            there.pool.until(lambda: False, time.monotonic() + 0.01)
+        there.pool.until(lambda: False)
 
 
 def test_a_message_that_is_refused_is_a_result(world: Callable[..., World]) -> None:
