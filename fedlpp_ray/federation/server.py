@@ -167,6 +167,14 @@ class Server:
         """
         return self._open(round).merge(partial)
 
+    def returned(self, round: int) -> list[int]:
+        """Clients whose updates it holds, sorted.
+
+        Raises:
+            MessageError: the round is not open.
+        """
+        return self._open(round).clients
+
     def aggregate(self, round: int) -> str:
         """Close the round: fold what has been received into the next state.
 

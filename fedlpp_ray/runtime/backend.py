@@ -92,8 +92,8 @@ class RayBackend:
         self._training: CohortTraining | None = None
         self._evaluation_seconds = 0.0
         if self._experiment.emulator.kind != "none":  # the server makes it, so it comes first
-            self.server.wait()
-            self._emulator = self.server.send("emulator")
+            # Of this process: clients that start after the server's node is lost read it too.
+            self._emulator = ray.put(self.server.constant("emulator"))
         if self._pool is None:
             self._pool = self._make_pool()
         else:
@@ -152,11 +152,11 @@ class RayBackend:
 
     def examples(self) -> Sequence[int]:
         """Number of training examples of each client."""
-        return self.server.ask("examples")  # type: ignore[no-any-return]
+        return self.server.constant("examples")  # type: ignore[no-any-return]
 
     def download(self) -> int:
         """Bytes of the emulator; 0 without one."""
-        return self.server.ask("download")  # type: ignore[no-any-return]
+        return self.server.constant("download")  # type: ignore[no-any-return]
 
     def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
         """The server's quantized state, made in a round, in the editions that clients read."""
@@ -293,8 +293,8 @@ class SoloActor:
             self.close()
             raise
         ask = self._server.ask
-        self.examples = partial(ask, "examples")
-        self.download = partial(ask, "download")
+        self.examples = partial(self._server.constant, "examples")
+        self.download = partial(self._server.constant, "download")
         self.encode_broadcast = partial(ask, "encode_broadcast")
         self.aggregate = partial(ask, "aggregate")
         self.discard = partial(ask, "discard")

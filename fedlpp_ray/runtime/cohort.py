@@ -15,6 +15,7 @@ from fedlpp_ray.runtime.jobs import Job, Pace, Refs
 from fedlpp_ray.runtime.pool import Pool, in_words
 from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.sums import Sums
+from fedlpp_ray.runtime.watch import draining
 
 
 class CohortTraining:
@@ -39,9 +40,10 @@ class CohortTraining:
         self._round, self._pace, self._sums = round, pace, sums
         self._server, self._pool = server, pool
         self._training: dict[int, Job] = {}
-        self._judging: dict[int, Job] = {}
+        self._judging: dict[int, tuple[Job, Any]] = {}  # with the verdict
         self._accepted: dict[int, tuple[Job, ClientReport]] = {}
         self._faulty: list[ClientReport] = []
+        self._nodes: dict[int, str] = {}  # where clients have trained
 
     def begin(self, each: Assignment, message: Any, memory: Memory) -> None:
         """Have a client train from a broadcast, given as a reference or as it is."""
@@ -63,7 +65,7 @@ class CohortTraining:
 
     def abandon(self) -> None:
         """Wait for nobody any more."""
-        for job in (*self._training.values(), *self._judging.values()):
+        for job in (*self._training.values(), *(job for job, _ in self._judging.values())):
             job.cancelled = True
 
     def reports(self, opened: Any, limit: float | None) -> Iterator[ClientReport]:
@@ -80,7 +82,7 @@ class CohortTraining:
                 self._close(f"not done {limit:g} s after the round began (runtime.round_deadline)")
                 deadline = float("inf")
             for client, why in self._sums.collect().items() if not self._judging else ():
-                self._again(self._accepted.pop(client)[0], client, why)
+                self._again(client, why)
         yield from self._faulty
         yield from (report for _, report in self._accepted.values())
 
@@ -96,33 +98,40 @@ class CohortTraining:
             self._drop(client, Fault("refused", str(cause)))
             return
         self._pace.observe(client, result.seconds)
-        self._judging[client] = self._training.pop(client)
         place = self._pool.slots[result.host].place
-        verdict = self._sums.add(client, place.node if place else "", payload[0])
+        node = self._nodes[client] = place.node if place else ""
+        verdict = self._sums.add(client, node, payload[0])
+        self._judging[client] = self._training.pop(client), verdict
         self._pool.reactor.when(verdict, lambda ref: self._judged(job, result, ref))
 
     def _judged(self, job: Job, report: ClientReport, verdict: Any) -> None:
-        if job.cancelled:
-            return
+        client = report.client
+        if job.cancelled or self._judging.get(client) != (job, verdict):
+            return  # nobody waits for it, or it was lost with that on another
         try:
             refusal = ray.get(verdict)
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(error, RayTaskError) and not isinstance(cause, RayError):
                 raise
-            self._server.check()  # or was it the update that was lost?
-            del self._judging[report.client]
-            self._again(job, report.client, f"its update was lost: {in_words(error)}")
-            return
-        del self._judging[report.client]
+            lost = self._sums.lost(client)
+            for each in lost:
+                self._again(each, f"its update was lost: {in_words(error)}")
+            if client in lost:
+                return
+            refusal = None
+        del self._judging[client]
         if refusal is None:
-            self._accepted[report.client] = job, report
+            self._accepted[client] = job, report
         else:
             self._faulty.append(refused(report, refusal))
 
-    def _again(self, job: Job, client: int, why: str) -> None:
-        self._training[client] = job
-        self._pool.again(job, why)
+    def _again(self, client: int, why: str) -> None:
+        """Have a client train again, unless its update was refused: so it would be again."""
+        found = self._judging.pop(client, None) or self._accepted.pop(client, None)
+        if found:
+            self._training[client] = found[0]
+            self._pool.again(found[0], why, counts=self._nodes[client] not in draining())
 
     def _drop(self, client: int, fault: Fault) -> None:
         del self._training[client]

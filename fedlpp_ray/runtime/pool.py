@@ -107,6 +107,7 @@ class Pool:
             if condition():
                 return True
             self._check_alive()
+            draining()  # a node that is lost later is no longer among those that have notice
             self._dispatch()
             return False
 
@@ -165,7 +166,7 @@ class Pool:
             raise  # the model or the data cannot be used: nor could another actor
         except RayError as error:
             self._last_fault = in_words(error)
-            slot.starts += 1
+            slot.starts += not getattr(error, "preempted", False)
             self._end(slot)
             if slot.starts < self._attempts:
                 self._start(slot)
@@ -214,8 +215,30 @@ class Pool:
             job.done(result, references[1:])
 
     def _lost(self, slot: Slot, job: Job, error: RayError) -> None:
+        noticed = slot.place is not None and slot.place.node in draining()
         self._replace(slot, in_words(error))
-        self.again(job, in_words(error), counts=not getattr(error, "preempted", False))
+        self._probe()
+        counts = not (noticed or getattr(error, "preempted", False))
+        self.again(job, in_words(error), counts=counts)
+
+    def _probe(self) -> None:
+        """Have idle actors answer before they get a job: they may be lost for the same reason."""
+        for slot in self.slots:
+            if slot.state == "idle":
+                slot.state, slot.turn = "starting", slot.turn + 1
+                answered = partial(self._answered, slot, slot.turn)
+                self.reactor.when(slot.actor.answer.remote(), answered)
+
+    def _answered(self, slot: Slot, turn: int, reference: Any) -> None:
+        if slot.turn != turn:
+            return
+        try:
+            ray.get(reference)
+        except RayError as error:
+            self._replace(slot, in_words(error))
+            return
+        slot.state = "idle"
+        self._dispatch()
 
     def again(self, job: Job, why: str, *, counts: bool = True) -> None:
         """Queue a job whose result is lost; give it up after the last attempt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -49,14 +50,29 @@ class ServerActor:
 
     def wait(self) -> None:
         """Until it has started."""
+        self._made_good(self._wait)
+
+    def constant(self, method: str) -> Any:
+        """Ask for what every server of the experiment answers alike, so that a loss is made good.
+
+        Only while the state is as it is made from the seed.
+        """
+
+        def ask() -> Any:
+            self._wait()
+            return self.ask(method)
+
+        return self._made_good(ask)
+
+    def _made_good(self, act: Callable[[], Any]) -> Any:
+        """Act, with a new server where it is lost meanwhile."""
         for _ in range(self._experiment.runtime.attempts - 1):
             try:
-                self._wait()
+                return act()
             except ServerLost:
+                self.end()  # it may be there, and only its answer be lost
                 self.renew(self._experiment)
-            else:
-                return
-        self._wait()
+        return act()
 
     def _wait(self) -> None:
         timeout = self._experiment.runtime.start_timeout

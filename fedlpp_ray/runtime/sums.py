@@ -19,6 +19,9 @@ class Sums(Protocol):
     def add(self, client: int, node: str, payload: Any) -> Any:
         """Add an update that is on a node; returns the reference of the verdict on it."""
 
+    def lost(self, client: int) -> list[int]:
+        """Clients whose updates are lost, now that the verdict on one's has not come."""
+
     def collect(self) -> dict[int, str]:
         """Bring all to the server; returns why, by client, for those that are lost instead."""
 
@@ -32,6 +35,10 @@ class AtServer:
     def add(self, client: int, node: str, payload: Any) -> Any:
         """Add an update; returns the reference of the verdict on it."""
         return self._server.send("verdict", self._round, client, payload)
+
+    def lost(self, client: int) -> list[int]:
+        """The client's own, unless the server has it and only its answer was lost."""
+        return [] if client in self._server.ask("returned", self._round) else [client]
 
     def collect(self) -> dict[int, str]:
         """There is nothing to collect."""
@@ -61,6 +68,15 @@ class OnNodes:
         self._clients[node].append(client)
         return self._actor(node).call.remote("verdict", client, payload)
 
+    def lost(self, client: int) -> list[int]:
+        """All that were added where the client's was: what that actor holds is not known."""
+        self._server.check()
+        for node, clients in self._clients.items():
+            if client in clients:
+                self._end(node)
+                return self._clients.pop(node)
+        return [client]
+
     def collect(self) -> dict[int, str]:
         """Bring the sums to the server; returns why, by client, for those that are lost instead."""
         lost: dict[int, str] = {}
@@ -70,9 +86,9 @@ class OnNodes:
             try:
                 self._reactor.get(merged)
             except ray.exceptions.RayError as error:
-                self._server.check()  # or was it the sum that was lost?
+                held = self._server.ask("returned", self._round)  # where only the answer was lost
                 why = f"the sum of its node was lost: {in_words(error)}"
-                lost |= dict.fromkeys(self._clients[node], why)
+                lost |= {client: why for client in self._clients[node] if client not in held}
                 self._end(node)
         self._clients = {}
         return lost

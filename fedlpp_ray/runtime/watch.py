@@ -12,12 +12,15 @@ _found: tuple[float, frozenset[str]] = (0.0, frozenset())
 
 
 def draining() -> frozenset[str]:
-    """Ids of the nodes that have notice to go, a second old at most."""
+    """Ids of the nodes that have notice to go, a second old at most.
+
+    Those that are gone by now stay among them, so that it is known why they went.
+    """
     global _found  # noqa: PLW0603
     now = time.monotonic()
     if now - _found[0] > _SECONDS:
         state: Any = ray._private.state.state
-        _found = (now, frozenset(state.get_draining_nodes()))
+        _found = (now, _found[1] | frozenset(state.get_draining_nodes()))
     return _found[1]
 
 
