@@ -48,7 +48,7 @@ def main(values: dict[str, object]) -> dict[str, Any]:
 
 
 def sample(backend: RayBackend) -> dict[str, float]:
-    """MB of each party's own, and of the object store's touched pages; counts of what the driver waits for."""
+    """MB of each party and of the object store; counts of what the driver waits for and holds."""
     gc.collect()
     actors = {"server": backend.server.actor}
     actors |= {f"client {slot.number}": slot.actor for slot in backend.pool.working}
