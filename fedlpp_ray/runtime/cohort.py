@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from fedlpp_ray.runtime.pool import Pool, in_words
 from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.sums import Sums
 from fedlpp_ray.runtime.watch import draining
+
+logger = logging.getLogger(__name__)
 
 
 class CohortTraining:
@@ -119,6 +122,7 @@ class CohortTraining:
                 self._again(each, f"its update was lost: {in_words(error)}")
             if client in lost:
                 return
+            logger.warning("client %d: the answer to its update was lost, not the update", client)
             refusal = None
         del self._judging[client]
         if refusal is None:

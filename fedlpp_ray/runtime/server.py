@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from fedlpp_ray.runtime.party import Party
 from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_bundle
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.watch import what_is_missing
+
+logger = logging.getLogger(__name__)
 
 
 class ServerActor:
@@ -69,7 +72,9 @@ class ServerActor:
         for _ in range(self._experiment.runtime.attempts - 1):
             try:
                 return act()
-            except ServerLost:
+            except ServerLost as error:
+                reason = str(error).partition("\n")[0]
+                logger.warning("the server is made anew before the first round: %s", reason)
                 self.end()  # it may be there, and only its answer be lost
                 self.renew(self._experiment)
         return act()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.util.placement_group import placement_group_table
 
 from fedlpp_ray.config import Experiment
@@ -48,16 +48,15 @@ def main(values: dict[str, object]) -> dict[str, Any]:
 
 
 def sample(backend: RayBackend) -> dict[str, float]:
-    """MB of each party's own, and of the object store; counts of what the driver waits for."""
+    """MB of each party and of the object store; counts of what the driver waits for and holds."""
     gc.collect()
     actors = {"server": backend.server.actor}
     actors |= {f"client {slot.number}": slot.actor for slot in backend.pool.working}
     asked = [actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors.values()]
     pids = dict(zip(actors, ray.get(asked), strict=True)) | {"driver": os.getpid()}
-    address = ray.get_runtime_context().gcs_address
-    store = get_memory_info_reply(get_state_from_address(address)).store_stats
+    (raylet,) = (each for each in psutil.Process().children() if each.name() == "raylet")
     return {name: memory(pid) for name, pid in pids.items()} | {
-        "store": store.object_store_bytes_used / 1e6,
+        "store": raylet.memory_info().shared / 1e6,
         "waited for": len(backend._reactor._then),
         "references": len(ray._private.worker.global_worker.core_worker.get_all_reference_counts()),
     }
@@ -86,4 +85,5 @@ def alive(states: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    logging.basicConfig()
     print(json.dumps(main(json.loads(sys.argv[1]))))
