@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -25,37 +23,18 @@ from fedlpp_ray.federation.records import (
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.runtime.cohort import CohortTraining
 from fedlpp_ray.runtime.jobs import Answer, Job, Pace
-from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER, SOLO
-from fedlpp_ray.runtime.placement import bundles, client_actors, client_bundle, in_words
+from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER
+from fedlpp_ray.runtime.placement import (
+    actors_of,
+    bundles,
+    client_actors,
+    client_bundle,
+    in_words,
+)
 from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor, actor_in
 from fedlpp_ray.runtime.sums import AtServer, OnNodes, Sums
-
-
-class ClosingBackend(Backend, Protocol):
-    """A `Backend` whose actors can go on to another run, or end."""
-
-    def begin(self, experiment: Experiment) -> bool:
-        """Start another run in the same actors; False where it needs others."""
-
-    def close(self) -> None:
-        """End the actors."""
-
-
-def ray_backend(experiment: Experiment, group: PlacementGroup) -> ClosingBackend:
-    """The parties of an experiment, whatever its method, as actors.
-
-    Args:
-        experiment: What to run.
-        group: Reservation with the bundles of `placement.bundles(experiment)`.
-
-    Raises:
-        PlacementError: the actors are not ready in `runtime.start_timeout`.
-        AssetError, TaskError, UserError: a party could not be made.
-    """
-    federated = experiment.method == "federated"
-    return RayBackend(experiment, group) if federated else SoloActor(experiment, group)
 
 
 class RayBackend:
@@ -104,7 +83,7 @@ class RayBackend:
 
     def begin(self, experiment: Experiment) -> bool:
         """Start another run in the same actors; False where it needs others."""
-        if _actors(experiment) != _actors(self._experiment):
+        if actors_of(experiment) != actors_of(self._experiment):
             return False
         self._experiment = experiment
         self._reactor.clear()
@@ -275,68 +254,3 @@ class RayBackend:
         if self._put.get(made, (None,))[0] != broadcast:
             self._put[made] = (broadcast, ray.put(broadcast))
         return self._put[made][1]
-
-
-class SoloActor:
-    """A `Solo` in one actor.
-
-    Raises:
-        PlacementError, UserError: as `ray_backend`.
-    """
-
-    def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
-        self._experiment = experiment
-        self._server = ServerActor(experiment, group, SOLO, Reactor())
-        try:
-            self._server.wait()
-        except BaseException:
-            self.close()
-            raise
-        ask = self._server.ask
-        self.examples = partial(self._server.constant, "examples")
-        self.download = partial(self._server.constant, "download")
-        self.encode_broadcast = partial(ask, "encode_broadcast")
-        self.aggregate = partial(ask, "aggregate")
-        self.discard = partial(ask, "discard")
-        self.measure_floor = partial(ask, "measure_floor")
-        self.adapter = partial(ask, "adapter")
-        self.restore = partial(ask, "restore")
-
-    def train(
-        self,
-        round: int,
-        cohort: Mapping[Assignment, Memory],
-        broadcasts: Mapping[int, Broadcast],
-    ) -> Iterator[ClientReport]:
-        """Train on when the report is asked for: until then the state is that of the last round."""
-        yield from self._server.ask("train", round, {}, {})
-
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
-        """Begin to measure the one model."""
-        reference = self._server.send("evaluate", round, broadcast, memory)
-        return lambda: self._server.result(reference)
-
-    def renew_server(self) -> None:
-        """A new actor."""
-        self._server.end()
-        self._server.renew(self._experiment)
-        self._server.wait()
-
-    def begin(self, experiment: Experiment) -> bool:
-        """Start another run in the same actor; False where it needs others."""
-        if _actors(experiment) != _actors(self._experiment):
-            return False
-        self._experiment = experiment
-        self._server.begin(experiment)
-        self._server.wait()
-        return True
-
-    def close(self) -> None:
-        """End the actor."""
-        self._server.end()
-
-
-def _actors(experiment: Experiment) -> tuple[Any, ...]:
-    """What two runs must have in common if the second is to use the actors of the first."""
-    federated = experiment.method == "federated"
-    return federated, experiment.runtime, client_actors(experiment)

@@ -27,6 +27,12 @@ def client_actors(experiment: Experiment) -> int:
     return min(experiment.runtime.client_actors, experiment.federation.cohort_size)
 
 
+def actors_of(experiment: Experiment) -> tuple[Any, ...]:
+    """What two runs must have in common if the second is to use the actors of the first."""
+    federated = experiment.method == "federated"
+    return federated, experiment.runtime, client_actors(experiment)
+
+
 def bundles(experiment: Experiment) -> list[Bundle]:
     """The reservation of a run: the server's bundle, then one for each client actor.
 

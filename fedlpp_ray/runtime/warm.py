@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.runtime.backend import ClosingBackend, ray_backend
+from fedlpp_ray.runtime.actors import ClosingBackend, ray_backend
 
 _left: list[tuple[PlacementGroup, ClosingBackend]] = []
 """The actors of the last trial of this process. They end with it."""
