@@ -168,10 +168,11 @@ class Pool:
             self._last_fault = in_words(error)
             slot.starts += not getattr(error, "preempted", False)
             self._end(slot)
-            if slot.starts < self._attempts:
+            again = slot.starts < self._attempts
+            what = "is started again" if again else "is given up"
+            logger.warning("client actor %d %s: %s", slot.number, what, self._last_fault)
+            if again:
                 self._start(slot)
-            else:
-                logger.warning("client actor %d does not start: %s", slot.number, in_words(error))
             return
         slot.state, slot.starts = "idle", 0
         self._dispatch()
