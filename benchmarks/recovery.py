@@ -93,7 +93,7 @@ class Log:
 @contextmanager
 def watched(log: Log, strike: Strike) -> Iterator[None]:
     """Strike half-way through the first client of round `ROUND`, and note what is accepted."""
-    begin, judged = Job.begin, CohortTraining._judged
+    begin, judged = Job.begin, CohortTraining._judge
 
     def strike_now(actor: Any) -> None:
         log.struck = time.perf_counter()
@@ -111,7 +111,7 @@ def watched(log: Log, strike: Strike) -> Iterator[None]:
         if report.client in self._accepted:
             log.accepted.append(time.perf_counter())
 
-    with patch.object(Job, "begin", begun), patch.object(CohortTraining, "_judged", is_judged):
+    with patch.object(Job, "begin", begun), patch.object(CohortTraining, "_judge", is_judged):
         yield
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from filelock import FileLock
@@ -63,7 +64,22 @@ def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors])
         )
     if found is not None:
         return found
-    return make() if made is None else made
+    return _from_file(make() if made is None else made)
+
+
+def _from_file(tensors: Tensors) -> Tensors:
+    """The same, mapped from a file without a name.
+
+    Some kernels' bits depend on where in memory a tensor begins, so that it must be as in a file
+    that is shared.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "tensors.safetensors"
+            save_file(tensors, path)
+            return load_file(path)
+    except (OSError, SafetensorError):
+        return tensors
 
 
 def is_there(kind: str, content: Mapping[str, object]) -> bool:
@@ -104,7 +120,9 @@ def _read(folder: Path, key: str) -> Tensors | None:
 
 
 def _write(folder: Path, key: str, tensors: Tensors) -> None:
-    aside = folder / f".{uuid4().hex}"
+    for left in folder.glob(f".{key}-*"):  # by one that was killed: the lock is ours
+        left.unlink(missing_ok=True)
+    aside = folder / f".{key}-{uuid4().hex}"
     try:
         save_file(tensors, aside)
         with aside.open("rb+") as file:  # on the disk before it has its name

@@ -73,9 +73,9 @@ class StopSignal:
             yield
         finally:
             self._held = False
-        if self._stopped:
-            self._stopped = False
-            raise KeyboardInterrupt
+            if self._stopped:
+                self._stopped = False
+                raise KeyboardInterrupt
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.status, self._stopped = 128 + number, self._held

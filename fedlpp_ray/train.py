@@ -22,6 +22,7 @@ from fedlpp_ray.command_line import (
     run_command,
 )
 from fedlpp_ray.config import Experiment, fingerprint, load_experiment
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.storage import RunFolder
 from fedlpp_ray.storage.runs import RESULT
 
@@ -135,7 +136,7 @@ class _Command:
 
         preflight.check([self.experiment])
         total = self.experiment.federation.rounds
-        with self._backend() as backend:
+        with _server_lost_for_good(), self._backend() as backend:
             federation = Federation(self.experiment, backend)
             if previous:
                 checkpoint.restore(federation, previous)
@@ -182,6 +183,19 @@ class _Command:
         for line in protection_lines(outcome):
             self.console.print(line)
         self.console.print(f"result    {self.folder.path / RESULT}")
+
+
+@contextmanager
+def _server_lost_for_good() -> Iterator[None]:
+    from fedlpp_ray.federation.backend import ServerLost
+
+    try:
+        yield
+    except ServerLost as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the server was lost time and again; --resume goes on: {reason}"
+        ) from error
 
 
 if __name__ == "__main__":

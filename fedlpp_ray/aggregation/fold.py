@@ -20,8 +20,8 @@ from fedlpp_ray.aggregation.products import Matrix, Product, combine, product
 from fedlpp_ray.aggregation.rules import next_state
 from fedlpp_ray.state import State
 
-SMALLEST = 2.0**-40
-"""A weight below it counts as 0: the exact sums resolve 2^-62."""
+SMALLEST = 2.0**-24
+"""A weight below it counts as 0: the exact sums resolve 2^-62, so 38 bits of a term are left."""
 
 
 class RoundSum:

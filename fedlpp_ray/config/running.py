@@ -42,8 +42,8 @@ class SimulationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where the actors run. None of these keys changes a result, `threads`, GPUs and a
-    `round_deadline` that strikes excepted."""
+    """Where the actors run. None of these keys changes a result, `threads` and GPUs excepted, and a
+    `round_deadline` that strikes or `attempts` that run out."""
 
     client_actors: Positive = 2
     """Client actors at most; each serves many clients, and no more start than a cohort has."""

@@ -17,7 +17,7 @@ from fedlpp_ray.aggregation import Plan, Return, RoundSum
 from fedlpp_ray.aggregation.products import pad
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.masks import fill
-from fedlpp_ray.federation.records import Assignment
+from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.messages import Envelope, MessageError, decode
 from fedlpp_ray.messages.checks import (
@@ -31,7 +31,6 @@ from fedlpp_ray.messages.codec import load
 from fedlpp_ray.state import Schema, State, schema_digest
 
 PARTIAL_VERSION = 1
-_DISCOUNTS = (1e-6, 1.0)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Aggregator:
         cohort, made_in = self._opening.cohort, self._experiment.downlink.made_in
         if len(self._cohort) != len(cohort):
             raise ValueError("the cohort has a client twice")
-        low, high = _DISCOUNTS
+        low, high = SMALLEST_DISCOUNT, 1.0
         for each in cohort:
             if not low <= each.discount <= high:
                 raise ValueError(

@@ -25,6 +25,9 @@ from fedlpp_ray.messages import MessageError
 
 logger = logging.getLogger(__name__)
 
+FRUITLESS = 2
+"""After so many rounds in a row of which nothing was folded, one refused client ends the run."""
+
 
 class Federation:
     """One federated run.
@@ -145,7 +148,11 @@ class Federation:
                     "round %d: client %d %s: %s", plan.round, report.client, kind, reason
                 )
         broken = [r.fault for r in reports if r.fault and r.fault.kind in ("refused", "failed")]
-        if broken and not came:
+        before = self.history[-FRUITLESS:]
+        hopeless = len(broken) > 1 or (
+            len(before) == FRUITLESS and not any(record.folded for record in before)
+        )
+        if broken and not came and hopeless:
             raise MessageError(f"round {plan.round}: no update could be used: {broken[0].reason}")
         if plan.cohort and came >= needed:
             self._memories |= {
@@ -178,7 +185,9 @@ class Federation:
         rows = [(parts.get(r.client, Assignment(r.client, plan.round)), r) for r in reports]
         rows += [(each, ClientReport(each.client, fault=fault)) for each, fault in plan.absent]
         rows.sort(key=lambda row: (row[0].client, row[0].started))
-        known = {client.client for record in self.history for client in record.clients}
+        known: set[int] = set()
+        if self._download:
+            known = {client.client for record in self.history for client in record.clients}
         found = []
         for each, report in rows:  # a client that drops out of fedbuff may be there twice
             down = 0 if each.client in known else self._download

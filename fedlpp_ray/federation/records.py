@@ -15,6 +15,10 @@ Memory = bytes | None
 because hosts serve many clients; no message carries it."""
 
 
+SMALLEST_DISCOUNT = 1e-6
+"""However late an update is."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One client's part in a round.
@@ -22,7 +26,7 @@ class Assignment:
     Attributes:
         client: Which client.
         started: The round whose broadcast it trains from: this one, or of fedbuff an earlier one.
-        discount: What its update is multiplied by, for staleness.
+        discount: What its update is multiplied by, for staleness: `SMALLEST_DISCOUNT` to 1.
     """
 
     client: int

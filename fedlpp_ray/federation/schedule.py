@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import Assignment, Fault
+from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment, Fault
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.seeds import derive
 
@@ -138,7 +138,8 @@ class Schedule:
 
     def _assign(self, round: int, client: int, started: int) -> Assignment:
         power = self._experiment.federation.staleness_power
-        return Assignment(client, started, (1 + round - started) ** -power)
+        discount = max(SMALLEST_DISCOUNT, (1 + round - started) ** -power)
+        return Assignment(client, started, discount)
 
 
 def _draw(draws: random.Random, clients: int, taken: set[int]) -> int | None:

@@ -79,7 +79,7 @@ def encode(
         generator: Needed by stochastic rounding only.
 
     Raises:
-        MessageError: a tensor is not finite.
+        MessageError: a tensor is not finite, or larger than its scales can be.
         ValueError: stochastic rounding lacks a generator.
     """
     parts: dict[str, Tensor] = {}
@@ -91,9 +91,20 @@ def encode(
         elif quantizer is None:
             parts[name] = tensor.to(codec.dtype).contiguous()
         else:
-            for part, values in quantizer.quantize(tensor, generator).tensors().items():
+            for part, values in _quantized(name, tensor, quantizer, generator).tensors().items():
                 parts[f"{name}:{part}"] = values
     return safetensors.torch.save(parts, {"fedlpp": _header(envelope, schema_of(state), codec)})
+
+
+def _quantized(
+    name: str, tensor: Tensor, quantizer: Quantizer, generator: torch.Generator | None
+) -> QuantizedTensor:
+    if quantizer.rounding == "stochastic" and generator is None:
+        return quantizer.quantize(tensor)  # says what it lacks
+    try:
+        return quantizer.quantize(tensor, generator)
+    except ValueError as error:  # for instance a scale beyond fp16
+        raise MessageError(f"{name}: {error}") from None
 
 
 def decode(

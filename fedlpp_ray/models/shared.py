@@ -82,7 +82,10 @@ def share_base(base: Base, config: ClientConfig, whole: Named = lambda model: []
     tensors = share(KIND, key, lambda: make()[0])
     if base.classes is not None:  # beside the rest, which is the same whatever the seed
         tensors |= share(KIND, key | {"seed": base.seed}, lambda: make()[1])
-    _fill(quantize_base(skeleton, config, kept), tensors, kept)
+    quantize_base(skeleton, config, kept)
+    if _places(skeleton).keys() != tensors.keys():  # for instance a head that its checkpoint unties
+        return _quantized(base.load()[0], config, whole)
+    _fill(skeleton, tensors, kept)
     return skeleton
 
 
@@ -135,9 +138,6 @@ def _places(model: nn.Module) -> dict[str, tuple[Tensor, list[Place]]]:
 def _fill(skeleton: nn.Module, tensors: Tensors, kept: Iterable[str]) -> None:
     """Put tensors in the places of those without data; those that will be trained as copies."""
     places, kept = _places(skeleton), list(kept)
-    if places.keys() != tensors.keys():
-        different = sorted(places.keys() ^ tensors.keys())
-        raise ValueError(f"the base and its outline differ in: {', '.join(different)}")
     for name, (old, where) in places.items():
         new: Any = tensors[name].clone() if within(name, kept) else tensors[name]
         if isinstance(old, nn.Parameter):

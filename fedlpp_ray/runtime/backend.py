@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -54,6 +56,7 @@ class RayBackend:
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
         self._experiment, self._group = experiment, group
+        self._begun_again = False
         self._reactor = Reactor()
         self.server = ServerActor(experiment, group, SERVER, self._reactor)
         self._on_nodes = OnNodes(self.server, self._reactor)
@@ -85,7 +88,7 @@ class RayBackend:
         """Start another run in the same actors; False where it needs others."""
         if actors_of(experiment) != actors_of(self._experiment):
             return False
-        self._experiment = experiment
+        self._experiment, self._begun_again = experiment, True
         self._reactor.clear()
         self.server.begin(experiment)
         self._prepare()
@@ -158,7 +161,7 @@ class RayBackend:
             made = self._experiment.downlink.made_in(each.started)
             message = self._for_client(each.client, made, broadcasts[made])
             training.begin(each, message, cohort[each])
-        return training.reports(opened, self._experiment.runtime.round_deadline)
+        return training.reports(opened, self._deadline())
 
     def _sums(self, round: int, cohort: list[Assignment], broadcasts: Mapping[int, Any]) -> Sums:
         """The server adds up, or on many nodes each of them."""
@@ -216,7 +219,12 @@ class RayBackend:
         self.server.wait()
 
     def _remember_peaks(self) -> None:
-        """Keep the actors' peaks of memory for the plans of later runs."""
+        """Keep the actors' peaks of memory for the plans of later runs.
+
+        Not of actors that have served another run before: the peak may be of that.
+        """
+        if self._begun_again:
+            return
         from fedlpp_ray.federation.peaks import remember_peaks  # takes seconds
 
         peaks = [slot.actor.peak.remote() for slot in self.pool.working]
@@ -234,13 +242,21 @@ class RayBackend:
     def _client_job(self, name: str, call: Callable[[Any], Any]) -> Answer:
         """Have any client actor answer a call."""
         answer, seconds = Answer(), self._evaluation_seconds
-        job = Job(name, lambda actor: [call(actor)], answer.arrived, answer.failed, seconds)
-        self.pool.submit(job)
+        failed = partial(answer.failed, name)
+        answer.job = Job(name, lambda actor: [call(actor)], answer.arrived, failed, seconds)
+        self.pool.submit(answer.job)
         return answer
 
     def _wait_for(self, answer: Answer) -> Any:
-        self.pool.until(lambda: answer.there)
+        """The answer; who is not done at the deadline is replaced, and it is asked for again."""
+        while not self.pool.until(lambda: answer.there, self._deadline()):
+            self.pool.hurry(answer.job, "not done before runtime.round_deadline")
         return answer.get()
+
+    def _deadline(self) -> float:
+        """Of what begins now, by `time.monotonic`."""
+        limit = self._experiment.runtime.round_deadline
+        return float("inf") if limit is None else time.monotonic() + limit
 
     def _for_client(self, client: int, made: int, broadcast: Broadcast) -> Any:
         """All editions, which clients share; or, where each has its own, that of one client."""

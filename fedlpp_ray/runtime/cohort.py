@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from fedlpp_ray.federation.records import Assignment, ClientReport, Fault, Memory, refused
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.runtime.jobs import Job, Pace, Refs
-from fedlpp_ray.runtime.pool import Pool, in_words
+from fedlpp_ray.runtime.pool import Pool, in_words, is_loss
 from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.sums import Sums
 from fedlpp_ray.runtime.watch import draining
@@ -46,6 +45,8 @@ class CohortTraining:
         self._judging: dict[int, tuple[Job, Any]] = {}  # with the verdict
         self._accepted: dict[int, tuple[Job, ClientReport]] = {}
         self._faulty: list[ClientReport] = []
+        self._verdicts: list[tuple[Job, ClientReport, Any]] = []  # that are there
+        self._closed = ""
         self._nodes: dict[int, str] = {}  # where clients have trained
 
     def begin(self, each: Assignment, message: Any, memory: Memory) -> None:
@@ -71,26 +72,31 @@ class CohortTraining:
         for job in (*self._training.values(), *(job for job, _ in self._judging.values())):
             job.cancelled = True
 
-    def reports(self, opened: Any, limit: float | None) -> Iterator[ClientReport]:
+    def reports(self, opened: Any, deadline: float) -> Iterator[ClientReport]:
         """What became of each client, once all is at the server.
 
         Args:
             opened: Reference of the server's opening of the round.
-            limit: Seconds after which those that are not done are late.
+            deadline: Of `time.monotonic`; those that are not done by then are late.
         """
-        deadline = float("inf") if limit is None else time.monotonic() + limit
         self._server.result(opened)
         while self._training or self._judging:
-            if not self._pool.until(lambda: not (self._training or self._judging), deadline):
-                self._close(f"not done {limit:g} s after the round began (runtime.round_deadline)")
+            if not self._pool.until(self._something_to_do, deadline):
+                self._close("not done before runtime.round_deadline")
                 deadline = float("inf")
-            for client, why in self._sums.collect().items() if not self._judging else ():
-                self._again(client, why)
+            self._judge_all()
+            if not (self._training or self._judging):
+                for client, why in self._sums.collect().items():
+                    self._again(client, why)
         yield from self._faulty
         yield from (report for _, report in self._accepted.values())
 
+    def _something_to_do(self) -> bool:
+        return bool(self._verdicts) or not (self._training or self._judging)
+
     def _close(self, why: str) -> None:
-        """Let those be late that have not returned by now."""
+        """Let those be late that have not returned by now, or whose updates are lost after it."""
+        self._closed = why
         for client, job in list(self._training.items()):
             self._pool.cancel(job, why)
             self._drop(client, Fault("late", why))
@@ -105,17 +111,22 @@ class CohortTraining:
         node = self._nodes[client] = place.node if place else ""
         verdict = self._sums.add(client, node, payload[0])
         self._judging[client] = self._training.pop(client), verdict
-        self._pool.reactor.when(verdict, lambda ref: self._judged(job, result, ref))
+        self._pool.reactor.when(verdict, lambda ref: self._verdicts.append((job, result, ref)))
 
-    def _judged(self, job: Job, report: ClientReport, verdict: Any) -> None:
+    def _judge_all(self) -> None:
+        """Look at the verdicts that are there: not in their callbacks, for the server is asked
+        about a lost one, and that serves others."""
+        while self._verdicts:
+            self._judge(*self._verdicts.pop(0))
+
+    def _judge(self, job: Job, report: ClientReport, verdict: Any) -> None:
         client = report.client
         if job.cancelled or self._judging.get(client) != (job, verdict):
             return  # nobody waits for it, or it was lost with that on another
         try:
             refusal = ray.get(verdict)
         except RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(error, RayTaskError) and not isinstance(cause, RayError):
+            if not is_loss(error):
                 raise
             lost = self._sums.lost(client)
             for each in lost:
@@ -135,6 +146,10 @@ class CohortTraining:
         found = self._judging.pop(client, None) or self._accepted.pop(client, None)
         if found:
             self._training[client] = found[0]
+            if self._closed:
+                found[0].cancelled = True
+                self._drop(client, Fault("late", f"{self._closed}; {why}"))
+                return
             self._pool.again(found[0], why, counts=self._nodes[client] not in draining())
 
     def _drop(self, client: int, fault: Fault) -> None:

@@ -41,8 +41,14 @@ class Job:
         return self.send(actor)
 
 
+class LostError(UserError):
+    """A job was lost with its actor in every attempt; another time it may succeed."""
+
+
 class Answer:
     """The result of a job, once it is there."""
+
+    job: Job
 
     def __init__(self) -> None:
         self._found: list[Any] = []
@@ -56,15 +62,15 @@ class Answer:
         """Take it."""
         self._found.append(result)
 
-    def failed(self, why: str) -> None:
+    def failed(self, name: str, why: str) -> None:
         """Take the reason why there is none."""
-        self._found.append(UserError(why))
+        self._found.append(LostError(f"{name}: {why}"))
 
     def get(self) -> Any:
         """The result.
 
         Raises:
-            UserError: there is none.
+            LostError: there is none.
         """
         if isinstance(self._found[0], Exception):
             raise self._found[0]

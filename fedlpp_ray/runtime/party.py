@@ -27,6 +27,21 @@ class Place:
     gpus: tuple[str, ...]
 
 
+class OutOfMemoryError(RuntimeError):
+    """A party does not fit into the memory of its device.
+
+    Attributes:
+        place: Where.
+    """
+
+    def __init__(self, reason: str, place: Place) -> None:
+        super().__init__(reason, place)
+        self.place = place
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Party:
     """A server or a client host, imported only where it runs, and made anew by every `start`.
 
@@ -43,10 +58,14 @@ class Party:
         self._party: Any = None  # the old one goes before the new one comes
         gc.collect()
         module, _, kind = name.partition(":")
-        self._party = getattr(importlib.import_module(module), kind)(*arguments)
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return Place(context.get_node_id(), tuple(map(str, gpus)))
+        place = _place()
+        try:
+            self._party = getattr(importlib.import_module(module), kind)(*arguments)
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for this
+                raise OutOfMemoryError(str(error), place) from error
+            raise
+        return place
 
     def peak(self) -> int:
         """Peak memory of this process, in bytes: of its GPU once it uses one."""
@@ -84,3 +103,9 @@ def _resolved(argument: Any) -> Any:
     ):
         return dict(zip(argument, ray.get(list(argument.values())), strict=True))
     return argument
+
+
+def _place() -> Place:
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", [])
+    return Place(context.get_node_id(), tuple(map(str, gpus)))

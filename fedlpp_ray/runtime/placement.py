@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
+from fedlpp_ray.runtime.watch import what_is_missing
 
 Bundle = dict[str, float]
 SERVER_BUNDLE = 0
@@ -172,9 +173,10 @@ def reserve(experiment: Experiment) -> Iterator[PlacementGroup]:
     group = placement_group(needed, strategy=STRATEGY)
     try:
         if not group.wait(experiment.runtime.start_timeout):
+            required = ", ".join(map(in_words, needed))
             raise PlacementError(
                 f"no room after {experiment.runtime.start_timeout:g} s "
-                f"(runtime.start_timeout): required {needed}, free {ray.available_resources()}"
+                f"(runtime.start_timeout): required {required}; {what_is_missing()}"
             )
         yield group
     finally:

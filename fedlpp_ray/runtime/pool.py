@@ -120,6 +120,13 @@ class Pool:
             if slot.job is job:
                 self._replace(slot, why)
 
+    def hurry(self, job: Job, why: str) -> None:
+        """Have a job begun again if an actor is at it, which is replaced."""
+        for slot in self.slots:
+            if slot.job is job:
+                self._replace(slot, why)
+                self.again(job, why)
+
     def forget(self) -> None:
         """Drop all jobs; actors that are at one finish it first."""
         self._queue = Queue()
@@ -129,7 +136,8 @@ class Pool:
 
     def begin(self) -> None:
         """Start the same actors with what they are to do next; whatever they did is void."""
-        self._queue, self._packed_less = Queue(), False
+        self._queue = Queue()
+        self._packed_less: set[Place] = set()
         self._worked = time.monotonic()
         for slot in self.slots:
             slot.starts, slot.room = 0, 1.0
@@ -162,9 +170,15 @@ class Pool:
             return
         try:
             slot.place = ray.get(reference)
-        except RayTaskError:
-            raise  # the model or the data cannot be used: nor could another actor
         except RayError as error:
+            if _is_out_of_memory(error):
+                slot.place = getattr(getattr(error, "cause", None), "place", None)
+                self._pack_less(slot, None, error)
+                return
+            if isinstance(error, UserError) or (
+                isinstance(error, RayTaskError) and not self.working
+            ):
+                raise  # the model or the data cannot be used: nor could another actor
             self._last_fault = in_words(error)
             slot.starts += not getattr(error, "preempted", False)
             self._end(slot)
@@ -206,10 +220,10 @@ class Pool:
         except RayError as error:
             if _is_out_of_memory(error):
                 self._pack_less(slot, job, error)
-            elif isinstance(error, RayTaskError):
-                raise
-            else:
+            elif is_loss(error):
                 self._lost(slot, job, error)
+            else:
+                raise
             return
         self._dispatch()
         if not job.cancelled:
@@ -259,19 +273,20 @@ class Pool:
         self._end(slot)
         self._start(slot)
 
-    def _pack_less(self, slot: Slot, job: Job, error: RayError) -> None:
+    def _pack_less(self, slot: Slot, job: Job | None, error: RayError) -> None:
         """Once, give half of the actors on a device the memory of all."""
-        sharing = [s for s in self.working if s.place == slot.place]
-        if self._packed_less or len(sharing) < 2:
+        sharing = [slot, *(s for s in self.slots if s.place == slot.place and s is not slot)]
+        name = job.name if job else f"client actor {slot.number}"
+        if slot.place is None or slot.place in self._packed_less or len(sharing) < 2:
             advice = self._advise(getattr(error, "cause", None) or error)
-            raise OutOfMemoryError(f"{job.name}, one of {len(sharing)} actors there: {advice}")
-        self._packed_less = True
+            raise OutOfMemoryError(f"{name}, one of {len(sharing)} actors there: {advice}")
+        self._packed_less.add(slot.place)
         kept = len(sharing) // 2
         logger.warning(
             "%s ran out of memory: %d actors instead of %d share this device from now on",
-            *(job.name, kept, len(sharing)),
+            *(name, kept, len(sharing)),
         )
-        jobs = [job, *(s.job for s in sharing if s.job)]
+        jobs = [each for each in (job, *(s.job for s in sharing)) if each]
         for number, other in enumerate(sharing):
             self._end(other)
             if number < kept:
@@ -281,6 +296,8 @@ class Pool:
             self._queue.push(each)
 
     def _end(self, slot: Slot) -> None:
+        if slot.state in ("idle", "busy"):
+            self._worked = time.monotonic()
         if slot.actor is not None:
             ray.kill(slot.actor)
         slot.turn += 1
@@ -289,6 +306,11 @@ class Pool:
 
 class OutOfMemoryError(UserError):
     """A client does not fit into the memory of its device."""
+
+
+def is_loss(error: RayError) -> bool:
+    """Whether something was lost that a call needed, rather than that the call failed by itself."""
+    return not isinstance(error, RayTaskError) or isinstance(error.cause, RayError)
 
 
 def _is_out_of_memory(error: RayError) -> bool:

@@ -74,7 +74,7 @@ class ServerActor:
                 return act()
             except ServerLost as error:
                 reason = str(error).partition("\n")[0]
-                logger.warning("the server is made anew before the first round: %s", reason)
+                logger.warning("the server is made anew: %s", reason)
                 self.end()  # it may be there, and only its answer be lost
                 self.renew(self._experiment)
         return act()

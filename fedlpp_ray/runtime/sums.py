@@ -59,6 +59,10 @@ class OnNodes:
     def open(self, round: int, opening: Any) -> None:
         """Begin a round; its opening is given as a reference."""
         self._round, self._opening, self._clients = round, opening, {}
+        if self._actors:
+            there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            for node in set(self._actors) - there:
+                self._end(node)
 
     def add(self, client: int, node: str, payload: Any) -> Any:
         """Add an update; returns the reference of the verdict on it."""

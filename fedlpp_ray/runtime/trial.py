@@ -19,7 +19,8 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.results import result, to_json
-from fedlpp_ray.runtime.placement import STRATEGY, bundles
+from fedlpp_ray.runtime.jobs import LostError
+from fedlpp_ray.runtime.placement import STRATEGY, PlacementError, bundles
 from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.runtime.warm import warm_backend
 from fedlpp_ray.storage import DamagedError
@@ -97,6 +98,8 @@ def _refused_once() -> Iterator[None]:
         raise UserError(mark.read_text(encoding="utf-8"))
     try:
         yield
+    except (LostError, PlacementError):
+        raise  # no fault of the input
     except UserError as error:
         mark.write_text(str(getattr(error, "cause", error)), encoding="utf-8")
         raise

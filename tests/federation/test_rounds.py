@@ -593,3 +593,24 @@ def test_who_took_part_is_in_the_metrics_and_the_result(tiny_experiment: Experim
         assert row["seconds"]["simulated"] == record.seconds["simulated"]
         shown = {each["client"]: (each["fault"] or {}).get("kind") for each in row["clients"]}
         assert shown == dict.fromkeys(folded(record)) | faults(record)
+
+
+def test_one_refused_client_ends_a_run_of_rounds_of_one_only_time_and_again(
+    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One hostile client must not stop everyone; a run in which nothing ever works must say so."""
+    values = {"federation.cohort": 1, "federation.client_fraction": None, "federation.rounds": 6}
+    experiment = tiny_experiment.with_values(values)
+    backend = InProcess(experiment)
+    verdict, refused = backend._server.verdict, [2, 4, 5, 6]
+
+    def judged(round: int, client: int, payload: bytes) -> str | None:
+        return "poisoned" if round in refused else verdict(round, client, payload)
+
+    monkeypatch.setattr(backend._server, "verdict", judged)
+    federation = Federation(experiment, backend)
+    with pytest.raises(MessageError, match="round 6: no update could be used: poisoned"):
+        list(federation.run())
+    assert [len(record.folded) for record in federation.history] == [1, 0, 1, 0, 0]
+    first, second, *_ = federation.history
+    assert second.digest == first.digest

@@ -237,3 +237,9 @@ def test_a_flipped_byte_is_refused_or_decodes_to_finite_numbers(position: int, v
     except MessageError:
         return
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_a_scale_beyond_its_format_is_a_fault_of_the_message() -> None:
+    codec = Codec(Quantizer(4, "nf", 64, "fp16"))
+    with pytest.raises(MessageError, match="x: block scale 100000 exceeds"):
+        encode(Envelope("update", 1, 0, 8), {"x": torch.full((64,), 1e5)}, codec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,7 @@ class Round:
     def judge(self, client: int, verdict: Any = None) -> None:
         self.sums.verdicts[client].values.append(verdict)
         self.there.serve()
+        self.training._judge_all()
 
     def trains(self) -> list[str]:
         """Who trains at this moment."""
@@ -64,7 +66,7 @@ class Round:
 
     def reports(self) -> dict[int, bool]:
         """Which clients were accepted."""
-        return {r.client: r.fault is None for r in self.training.reports(None, None)}
+        return {r.client: r.fault is None for r in self.training.reports(None, math.inf)}
 
 
 @pytest.fixture
@@ -171,3 +173,40 @@ def test_a_sum_is_not_lost_where_the_server_has_it(monkeypatch: pytest.MonkeyPat
 
 def ray_get(reference: Ref) -> Any:
     raise reference.values[0]
+
+
+def test_what_is_lost_after_the_deadline_is_late(begin: Callable[[Sequence[int]], Round]) -> None:
+    """And is not begun again, without a limit by now, at an actor that may hang."""
+    made = begin([1, 2])
+    made.train(1)
+    made.training._close("not done in time")
+    made.sums.lost_with = [1]
+    made.judge(1, LostError())
+    found = {r.client: r.fault for r in made.training.reports(None, math.inf)}
+    assert {client: fault and fault.kind for client, fault in found.items()} == {
+        1: "late",
+        2: "late",
+    }
+
+
+def test_many_lost_verdicts_do_not_nest(begin: Callable[[Sequence[int]], Round]) -> None:
+    made = begin(range(500))
+    there = made.there
+    for _ in range(500):
+        slot = next(slot for slot in there.pool.slots if slot.job)
+        client = int(str(slot.job and slot.job.name).rpartition(" ")[2])
+        there.finish(slot.number, f"{client}", ClientReport(client, seconds=1.0, host=slot.number))
+    asked = []
+
+    def lost(client: int) -> list[int]:
+        asked.append(client)
+        there.serve()  # as asking the server does
+        return []
+
+    made.sums.lost = lost  # type: ignore[method-assign]
+    for verdict in made.sums.verdicts.values():
+        verdict.values.append(LostError())
+    there.serve()
+    made.training._judge_all()
+    assert sorted(asked) == list(range(500))
+    assert len(made.reports()) == 500

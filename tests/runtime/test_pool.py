@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.runtime import PlacementError, pool, watch
 from fedlpp_ray.runtime.jobs import Answer, Job, Pace, Queue
-from fedlpp_ray.runtime.party import Place
+from fedlpp_ray.runtime.party import OutOfMemoryError, Place
+from fedlpp_ray.runtime.pool import OutOfMemoryError as PoolOutOfMemoryError
 from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 
@@ -372,8 +374,8 @@ def test_an_answer_is_a_result_or_why_there_is_none() -> None:
     assert answer.there
     assert answer.get() is None
     answer = Answer()
-    answer.failed("lost")
-    with pytest.raises(Exception, match="lost"):
+    answer.failed("evaluation", "lost")
+    with pytest.raises(UserError, match="evaluation: lost"):
         answer.get()
 
 
@@ -398,3 +400,63 @@ def test_a_reactor_serves_all_while_it_waits_for_one(world: Callable[..., World]
     assert seen == [first]
     reactor.clear()
     assert not reactor.until(lambda: False, time.monotonic() + 0.01)
+
+
+class DiskError(RayTaskError):
+    """Something is wrong with one machine."""
+
+    def __init__(self) -> None:
+        self.cause = OSError("No space left on device")
+
+
+class NoMemoryError(RayTaskError):
+    """Torch's out of memory, as it comes from an actor that starts."""
+
+    def __init__(self, place: Place) -> None:
+        self.cause = OutOfMemoryError("CUDA out of memory", place)
+
+
+def test_each_device_is_packed_less_once_also_when_an_actor_starts(
+    world: Callable[..., World],
+) -> None:
+    there = world(4)
+    for number, node in enumerate("aabb"):
+        there.start(number, nodes={number: node})
+    for node in "ab":
+        slots = [s for s in there.pool.slots if s.place and s.place.node == node]
+        place = slots[0].place
+        assert place is not None
+        first = slots[0]
+        there.pool._replace(first, "lost")
+        there.actor(first.number).start.values.append(NoMemoryError(place))
+        there.serve()
+        assert [slot.state for slot in slots] == ["starting", "absent"]
+        assert first.room == 2.0
+        there.actor(first.number).start.values.append(NoMemoryError(place))
+        with pytest.raises(PoolOutOfMemoryError, match="client actor"):
+            there.serve()
+
+
+def test_a_start_that_fails_while_others_work_costs_that_actor_alone(
+    world: Callable[..., World],
+) -> None:
+    there = world(2)
+    there.start(0)
+    for _ in range(3):
+        there.actor(1).start.values.append(DiskError())
+        there.serve()
+    assert [slot.state for slot in there.pool.slots] == ["idle", "absent"]
+
+
+def test_waiting_for_the_server_is_no_time_without_actors(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "what_is_missing", lambda: "all")
+    there = world(1, timeout=0.3)
+    there.start(0)
+    there.pool.until(lambda: True)
+    time.sleep(0.5)  # the driver waits for something else
+    there.pool._replace(there.pool.slots[0], "lost")
+    assert not there.pool.until(lambda: False, time.monotonic() + 0.1)
+    with pytest.raises(PlacementError, match="no client actor has worked"):
+        there.pool.until(lambda: False, time.monotonic() + 5)
