@@ -274,3 +274,39 @@ def test_content_is_told_apart(own_cache: Path) -> None:
         text = torch.tensor(list(json.dumps(value).encode()))
         assert torch.equal(cache.share("k", {"a": value}, lambda x=text: {"x": x})["x"], text)
     assert len(list(own_cache.glob("k/*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("format", ["full", "packed-4"])
+def test_a_head_that_its_checkpoint_unties_is_loaded_alone(
+    folders: dict[str, Path], tmp_path: Path, format: str
+) -> None:
+    """config.json says that the head is the embeddings, and the file has another."""
+    folder = half(folders["gpt2"], tmp_path / "untied")
+    weights = load_file(folder / "model.safetensors")
+    (embeddings,) = (name for name in weights if name.endswith("wte.weight"))
+    weights["lm_head.weight"] = weights[embeddings] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    base, config = base_of("gpt2", folder), ClientConfig.model_validate(FORMATS[format])
+    ids = torch.tensor([[5, 6, 7]])
+    for _ in range(2):  # the second finds the file that the first has made
+        shared = share_base(base, config)
+        assert torch.equal(shared(input_ids=ids).logits, alone(base, config)(input_ids=ids).logits)
+
+
+def test_tensors_begin_alike_with_and_without_a_cache(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL's product of one row has other bits where a weight begins elsewhere in its line."""
+
+    def make() -> dict[str, torch.Tensor]:
+        return {"a": torch.ones(7), "b": torch.ones(3, 5), "c": torch.ones(64)}
+
+    shared = cache.share("x", {"content": 1}, make)
+    own_cache.chmod(0o500)
+    (own_cache.parent / "file").write_text("no folder")
+    monkeypatch.setenv("FEDLPP_RAY_CACHE", str(own_cache.parent / "file"))
+    private = cache.share("x", {"content": 1}, make)
+    own_cache.chmod(0o700)
+    for name, tensor in shared.items():
+        assert torch.equal(private[name], tensor)
+        assert private[name].data_ptr() % 64 == tensor.data_ptr() % 64
