@@ -9,7 +9,7 @@ of one CPU each. It runs in a virtual environment of its own, which the first ca
 
 Both sides run in turn, several rounds at a time; a round is the median of all but the first of each
 run, without start-up and evaluation. Flower's is the time between two calls of its `evaluate_fn`
-(sampling, messages, training, aggregation); ours is broadcast, train and aggregate of `--json`. The
+(sampling, messages, training, aggregation); ours is `--json`'s total without the evaluation. The
 arithmetic is a bare loop over the same steps, in as many processes at once as there are workers.
 """
 
@@ -31,7 +31,7 @@ from benchmarks.flower.processes import install, run_arithmetic, run_flower, run
 from benchmarks.flower.settings import FLOWER, SETTINGS, WORKERS, Setting, app_config
 from fedlpp_ray.errors import UserError
 
-REPEATS = 2
+REPEATS = 1
 
 
 class Comparison:

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from uuid import uuid4
 
 from benchmarks.flower.settings import ROOT, WORKERS, Setting
 from fedlpp_ray.assets import cache_folder
 from fedlpp_ray.errors import UserError
 
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
-PHASES = ("broadcast", "train", "aggregate")
-"""Of a round of ours, all but its evaluation."""
 LINES = 30
 """So much of a failed process's output is shown."""
 
@@ -70,16 +69,19 @@ def run_ours(setting: Setting, base: str, rounds: int, folder: Path) -> list[flo
     Raises:
         ProcessError: it failed.
     """
-    out = folder / "ours_out.json"
+    out, output = folder / "ours_out.json", folder / f"run-{uuid4().hex}"
     command = [sys.executable, "-m", "fedlpp_ray.train", setting.config]
-    command += [*setting.overrides(base, rounds), "--json", str(out)]
+    command += [*setting.overrides(base, rounds), "--json", str(out), "--output", str(output)]
     _run(command, folder / "ours.log", {})
     return round_seconds(json.loads(out.read_text(encoding="utf-8")))
 
 
 def round_seconds(result: Mapping[str, Any]) -> list[float]:
-    """Seconds of each round in a result of `fedlpp_ray.train --json`, without evaluation."""
-    return [sum(record["seconds"][p] for p in PHASES) for record in result["history"]]
+    """Seconds of each round in a result of `fedlpp_ray.train --json`, without evaluation.
+
+    From the end of one round to that of the next: also the checkpoint that each leaves.
+    """
+    return [r["seconds"]["total"] - r["seconds"]["evaluate"] for r in result["history"]]
 
 
 def run_arithmetic(setting: Setting, config: Mapping[str, Any], folder: Path) -> dict[str, float]:
