@@ -56,8 +56,9 @@ class ClientConfig(Section):
     of this name in transformers). Which examples go together is then no longer chance alone."""
     compute: Literal["fp32", "bf16"] = "fp32"
     """In which format clients train and measure their model. `bf16`: what is frozen is stored in
-    it, half the memory, and activations and matrix products are; what is trained and travels, its
-    gradients and the optimizer stay fp32. The server computes in fp32."""
+    it, half the memory on a GPU, and activations and matrix products are; what is trained and
+    travels, its gradients and the optimizer stay fp32. On a CPU it is each actor's own copy, while
+    in fp32 the actors of a node share one. The server computes in fp32."""
     max_broadcast_norm: PositiveFloat = 1e4
     """A broadcast with a larger L2 norm is refused."""
 

@@ -8,8 +8,9 @@ from typing import Literal
 from torch import nn
 
 from fedlpp_ray.aggregation import find_method
-from fedlpp_ray.config import FULL_PRECISION, Experiment
-from fedlpp_ray.lora import add_adapter, add_residuals
+from fedlpp_ray.config import FULL_PRECISION, ClientConfig, Experiment
+from fedlpp_ray.federation.folding import folding_bytes, residual_numbers
+from fedlpp_ray.lora import adapted_numbers, add_adapter, add_residuals
 from fedlpp_ray.models import (
     activation_bytes,
     cache_bytes,
@@ -20,6 +21,7 @@ from fedlpp_ray.models import (
     modules_named,
     quantized_bytes,
     trained_modules,
+    unpacked_bytes,
     weight_bytes,
 )
 
@@ -27,6 +29,7 @@ Role = Literal["server", "client", "process"]
 """A server, a client host, or both of them in one process."""
 
 MIB = 1 << 20
+FP32 = 4
 PROCESS = 512 * MIB
 """A process on the CPU with torch, transformers, PEFT, a tokenizer and texts: measured, 480 to
 560 MiB of which the imports are 435 (torch 2.13, Python 3.11). Large corpora come on top."""
@@ -36,35 +39,55 @@ CUDA_CONTEXT = 512 * MIB
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one party at its peak. On a GPU all but `process` and `loading` are the card's.
+    """Bytes of one party at its peak.
+
+    On a GPU `weights`, `trained`, `training` and `evaluation` are the card's.
 
     Attributes:
         process: The process itself, `PROCESS`.
         loading: W0 in fp32, in host memory, as it is read. On the CPU its pages stay mapped: they
             count in every process, but processes of one node share them.
-        weights: What the base has beside W0's pages: packed or dequantized layers; on a GPU all
-            that is moved there, in the base's format.
+        shared: Packed or dequantized layers, which processes of one node map from one file too. 0
+            on a GPU, of bitsandbytes' formats and of an emulator.
+        weights: What the base has beside these pages, of its own: quantized layers that are not
+            `shared`, and with client.compute 'bf16' the copy in bf16 of all that is frozen and not
+            packed; on a GPU all that is moved there, in the base's format.
         trained: Of t trained numbers in fp32: themselves, gradients, the optimizer's moments (two
-            of adamw, one of momentum), and copies as states; of the server copies of the cohort's
-            updates too. With residuals, they are state as well.
+            of adamw, one of momentum), and copies as states. With residuals, they are state too.
+        folding: Of the server, in host memory (`folding_bytes`): the sum of the returns, one update, the
+            server optimizer, and the returns that a method keeps. Only these grow with the cohort.
         training: Activations and logits of a step of client.batch_size texts of full length.
-        evaluation: One layer's activations and the logits of evaluation.batch_size texts of full
-            length, and the keys and values of a search.
+        evaluation: Merged and dequantized weights (`lora.merged`), one layer's activations and the
+            logits of evaluation.batch_size texts of full length, and the keys and values of a
+            search.
         on_gpu: Whether the party has a share of a GPU.
     """
 
     process: int
     loading: int
+    shared: int
     weights: int
     trained: int
+    folding: int
     training: int
     evaluation: int
     on_gpu: bool
 
     @property
+    def mapped(self) -> int:
+        """Of the node's memory, what its processes share: counted in each, there once."""
+        return self.loading + self.shared
+
+    @property
     def certain(self) -> int:
         """What is there however short the texts are, on the device that computes."""
-        return self.weights + self.trained + (0 if self.on_gpu else self.process + self.loading)
+        own = self.weights + self.trained
+        return own if self.on_gpu else own + self._on_host
+
+    @property
+    def _on_host(self) -> int:
+        """What takes the node's memory even if a GPU computes."""
+        return self.process + self.mapped + self.folding
 
     @property
     def peak(self) -> int:
@@ -74,7 +97,7 @@ class Footprint:
     @property
     def host_certain(self) -> int:
         """Of `certain`, and of what is loaded on the way to a GPU, what takes a node's memory."""
-        return self.process + self.loading if self.on_gpu else self.certain
+        return self._on_host if self.on_gpu else self.certain
 
     @property
     def host(self) -> int:
@@ -86,8 +109,9 @@ class Footprint:
         work = max(self.training, self.evaluation)
         terms = {
             "process": 0 if self.on_gpu else self.process,
-            "weights": self.weights + (0 if self.on_gpu else self.loading),
+            "weights": self.weights + (0 if self.on_gpu else self.mapped),
             "trained": self.trained,
+            "folding": 0 if self.on_gpu else self.folding,
             "training" if work == self.training else "evaluation": work,
         }
         return " + ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items() if size) + (
@@ -114,33 +138,57 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     classes = 2 if experiment.task.kind == "classification" else None
     base = load_outline(experiment.model, classes)
     loading = weight_bytes(base)
+    config = ClientConfig()
     if trains and experiment.method != "centralised":  # it has what clients have
+        config = experiment.client
         if experiment.emulator.kind != "none":
             base = make_emulator(base, experiment.emulator, experiment.adapter.outer)
-        whole = modules_named(base, experiment.lora.modules_to_save)
-        whole += trained_modules(base, experiment.adapter)
-        dense, stored = quantized_bytes(base, experiment.client, whole)
-    else:
-        dense, stored = 0, 0
-    full = weight_bytes(base)
+    whole = modules_named(base, experiment.lora.modules_to_save)
+    whole += trained_modules(base, experiment.adapter)
+    dense, stored = quantized_bytes(base, config, whole)
+    unpacked = 0 if on_gpu else unpacked_bytes(base, config, whole)
+    moved = weight_bytes(base) - dense + stored
+    training = _training(base, experiment) if trains else 0
+    evaluation = _evaluation(base, experiment)
+    model = _adapted(base, experiment, trains=trains)  # from here on the base has an adapter
+    maps = config.base_format == "packed" and experiment.emulator.kind == "none" and not on_gpu
+    half = trains and experiment.client.compute == "bf16"
+    merged = max(unpacked, _adapted_bytes(model, config))
+    private = 0 if maps else stored
+    if half:  # of what is frozen, packed layers excepted
+        private += (_frozen_bytes(model) - dense + stored * config.dequantize_at_load) // 2
     return Footprint(
         process=PROCESS,
         loading=loading,
-        weights=full - dense + stored if on_gpu else stored,
-        training=_training(base, experiment) if trains else 0,
-        evaluation=_evaluation(base, experiment),
-        trained=_trained(base, experiment, trains=trains),
+        shared=stored if maps else 0,
+        weights=moved if on_gpu else private,
+        trained=_trained(model, experiment, trains=trains),
+        folding=0 if trains else folding_bytes(model, experiment),
+        training=training,
+        evaluation=evaluation + (merged // 2 if half else merged),
         on_gpu=on_gpu,
     )
 
 
+def _adapted_bytes(model: nn.Module, config: ClientConfig) -> int:
+    """In fp32, of the layers that are merged: bitsandbytes' keep their branch."""
+    keeps = config.base_format == "bitsandbytes" and config.base_bits != FULL_PRECISION
+    return 0 if keeps else FP32 * adapted_numbers(model)
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    return FP32 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
 def _together(server: Footprint, client: Footprint) -> Footprint:
-    """Both parties in one process; they work in turn, and share W0's pages."""
+    """Both parties in one process; they work in turn, and share what is mapped."""
     return Footprint(
         process=PROCESS,
         loading=max(server.loading, client.loading),
+        shared=max(server.shared, client.shared),
         weights=server.weights + client.weights,
         trained=server.trained + client.trained,
+        folding=server.folding,
         training=client.training,
         evaluation=max(server.evaluation, client.evaluation),
         on_gpu=client.on_gpu,
@@ -175,20 +223,21 @@ _STATES = 4
 _MOMENTS = {"adamw": 2, "sgd": 1}
 
 
-def _trained(base: nn.Module, experiment: Experiment, *, trains: bool) -> int:
-    """Bytes of what is trained, with its gradients, moments and copies. `base` gets an adapter."""
+
+def _adapted(base: nn.Module, experiment: Experiment, *, trains: bool) -> nn.Module:
+    """The base with its adapter, and with residuals where the party has them."""
     model = add_adapter(base, experiment.adapter, experiment.lora, seed=0)
-    method = find_method(experiment.server.aggregation)
-    if method.writes_base and (not trains or experiment.server.send_residual):
+    writes = find_method(experiment.server.aggregation).writes_base
+    if writes and (not trains or experiment.server.send_residual):
         add_residuals(model)
+    return model
+
+
+def _trained(model: nn.Module, experiment: Experiment, *, trains: bool) -> int:
+    """Bytes of what is trained, with its gradients, moments and copies."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    residuals = sum(b.numel() for n, b in model.named_buffers() if n.endswith(".residual"))
-    copies = _STATES
-    if trains:
-        copies += 1 + _MOMENTS[experiment.client.optimizer]
-    else:  # every update is held twice: as it came, and decoded
-        copies += 2 * experiment.federation.cohort_size
-    return 4 * (trained * (1 + copies) + residuals * (1 + _STATES))
+    copies = 1 + _STATES + (1 + _MOMENTS[experiment.client.optimizer] if trains else 0)
+    return FP32 * (trained * copies + residual_numbers(model) * (1 + _STATES))
 
 
 def out_of_memory_advice(experiment: Experiment, error: BaseException) -> str:

@@ -8,7 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from fedlpp_ray.lora.adapt import add_adapter, save_adapter
 from fedlpp_ray.lora.half import store_in_bf16
 from fedlpp_ray.lora.inject import add_lora
-from fedlpp_ray.lora.merge import merged
+from fedlpp_ray.lora.merge import adapted_numbers, merged
 from fedlpp_ray.lora.state import (
     add_residuals,
     at_rank,
@@ -21,6 +21,7 @@ from fedlpp_ray.lora.whole import LoraError
 
 __all__ = [
     "LoraError",
+    "adapted_numbers",
     "add_adapter",
     "add_lora",
     "add_residuals",

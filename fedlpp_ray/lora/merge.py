@@ -53,17 +53,30 @@ def merged(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[Non
 
 def _substitutes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, nn.Linear]:
     """A dense layer for each that is merged or dequantized."""
-    layers = list(model.modules())
-    adapted: dict[nn.Module, Any] = {
-        layer: layer.get_base_layer()
-        for layer in layers
-        if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in _BASES
-    }
+    adapted = _adapted(model)
     found = {layer: _linear(_merge(layer, base, dtype), base) for layer, base in adapted.items()}
-    for layer in set(layers).difference(adapted.values()):
+    for layer in set(model.modules()).difference(adapted.values()):
         if type(layer) is PackedLinear and layer.weight.device.type == "cpu":
             found[layer] = _linear(layer.packed.dequantize(dtype), layer)
     return found
+
+
+def _adapted(model: nn.Module) -> dict[nn.Module, Any]:
+    """The layers that are merged, and the base of each."""
+    return {
+        layer: layer.get_base_layer()
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in _BASES
+    }
+
+
+def adapted_numbers(model: nn.Module) -> int:
+    """Weights of all layers that `merged` replaces for their adapters, of a base that is dense.
+
+    Args:
+        model: With adapters; or its outline, not quantized.
+    """
+    return sum(base.weight.numel() for base in _adapted(model).values())
 
 
 def _merge(layer: Any, base: Any, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from fedlpp_ray.models.memory import (
     layer_bytes,
     logits_bytes,
     quantized_bytes,
+    unpacked_bytes,
     weight_bytes,
 )
 from fedlpp_ray.models.outline import load_outline
@@ -60,6 +61,7 @@ __all__ = [
     "quantized_bytes",
     "share_base",
     "trained_modules",
+    "unpacked_bytes",
     "weight_bytes",
     "within",
 ]

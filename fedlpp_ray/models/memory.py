@@ -54,6 +54,23 @@ def quantized_bytes(
     return dense, round(weights * (config.base_bits + scale) / 8)
 
 
+def unpacked_bytes(
+    model: nn.Module, config: ClientConfig, modules_to_save: Sequence[str] = ()
+) -> int:
+    """Bytes in fp32 of the layers that are kept packed: what they take while they are dequantized.
+
+    Args:
+        model, config, modules_to_save: As `quantized_bytes`.
+
+    Returns:
+        0 where none is packed.
+    """
+    full = config.base_bits == FULL_PRECISION
+    if full or config.base_format != "packed" or config.dequantize_at_load:
+        return 0
+    return FP32 * sum(x.weight.numel() for x in linears(model, modules_to_save).values())
+
+
 def activation_bytes(model: nn.Module, rows: int, tokens: int) -> int:
     """Activations that one forward pass keeps for the backward pass of LoRA on a frozen base.
 

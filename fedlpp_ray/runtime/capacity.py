@@ -42,8 +42,13 @@ class Actors:
 
 
 def memory_notes(parties: Sequence[Actors], trials: int, nodes: Sequence[Node]) -> Iterator[str]:
-    """Whether what one run, times `trials`, is expected to need is close to the nodes' memory."""
-    needed, there = trials * _hosts(parties), all_memory(nodes)
+    """Whether what one run, times `trials`, is expected to need is close to the nodes' memory.
+
+    What processes of a node share is counted once a node.
+    """
+    private = sum(actors.count * max(0, actors.peak.host - _mapped(actors)) for actors in parties)
+    needed = trials * private + len(nodes) * max(map(_mapped, parties))
+    there = all_memory(nodes)
     if there is not None and needed > CLOSE * there:
         yield (
             f"about {in_gib(needed)} of {in_gib(there)} of memory: lower runtime.client_actors, "
@@ -65,7 +70,8 @@ def memory_faults(parties: Sequence[Actors], nodes: Sequence[Node]) -> Iterator[
                 f"what it trains alone; the largest node has {in_gib(largest)}. Use a smaller "
                 "model or a larger node"
             )
-    together = sum(actors.count * _unshared(actors) for actors in parties)
+    private = sum(a.count * (a.peak.footprint.host_certain - _mapped(a)) for a in parties)
+    together = private + max(map(_mapped, parties))  # the latter on one node at least
     if together > there:
         yield (
             f"the run needs {in_gib(together)} of memory for its processes, weights and what they "
@@ -74,9 +80,9 @@ def memory_faults(parties: Sequence[Actors], nodes: Sequence[Node]) -> Iterator[
         )
 
 
-def _unshared(actors: Actors) -> int:
-    footprint = actors.peak.footprint
-    return footprint.host_certain - footprint.loading
+def _mapped(actors: Actors) -> int:
+    """What is on each node once, however many actors are there; on a GPU's node, while it loads."""
+    return actors.peak.footprint.mapped
 
 
 def _cap(actors: Actors, card: int) -> float:
@@ -117,11 +123,6 @@ def card_notes(actors: Actors, card: int | None) -> Iterator[str]:
             f"{fit} of {in_gib(actors.peak.size)} fit on a card of {in_gib(card)}: {key} could be "
             f"{int(1000 / fit) / 1000:g}"
         )
-
-
-def _hosts(parties: Sequence[Actors]) -> int:
-    """Bytes of all nodes' memory that one run needs."""
-    return sum(actors.count * actors.peak.host for actors in parties)
 
 
 def all_memory(nodes: Sequence[Node]) -> int | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlpp_ray.aggregation import Method
+from fedlpp_ray.aggregation.methods import mean_update
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import footprint, peaks
 from fedlpp_ray.federation.footprint import estimate, out_of_memory_advice
@@ -18,13 +20,17 @@ from fedlpp_ray.federation.peaks import (
     known_peaks,
     remember_peaks,
 )
+from fedlpp_ray.federation.server import Server
+from fedlpp_ray.lora import add_adapter, merged, store_in_bf16
 from fedlpp_ray.models import (
     activation_bytes,
+    layer_bytes,
     load_classifier,
     load_outline,
     quantize_base,
     quantized_bytes,
 )
+from fedlpp_ray.training.device import compute_dtype
 from tests import tiny
 
 MEASURE = """
@@ -104,8 +110,6 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def test_activations_bound_what_a_step_keeps(tiny_experiment: Experiment) -> None:
     """Counted by torch, as what is saved for the backward pass."""
-    from fedlpp_ray.lora import add_adapter
-
     base = load_classifier(tiny_experiment.model, 3, 0, 0)
     expected = activation_bytes(base, 8, 16)
     model = add_adapter(base, tiny_experiment.adapter, tiny_experiment.lora, 0).train()
@@ -135,9 +139,93 @@ def test_each_key_moves_its_own_term(tiny_experiment: Experiment) -> None:
     assert batch.trained == before.trained
     wide = {"evaluation.batch_size": 40}
     assert estimate(tiny_experiment.with_values(wide), "client").evaluation < before.evaluation
-    cohort = tiny_experiment.with_values({"federation.client_fraction": 1.0})
-    assert estimate(cohort, "server").trained > estimate(tiny_experiment, "server").trained
     assert estimate(tiny_experiment, "server").training == 0
+
+
+def _of_cohort(experiment: Experiment, cohort: int, method: str) -> int:
+    values = {"clients": 1000, "client_fraction": None, "cohort": cohort}
+    values = {f"federation.{key}": value for key, value in values.items()}
+    made = experiment.with_values(values | {"server.aggregation": method})
+    return estimate(made, "server").host_certain
+
+
+def test_the_server_does_not_grow_with_what_it_folds(tiny_experiment: Experiment) -> None:
+    assert _of_cohort(tiny_experiment, 1000, "fedit") == _of_cohort(tiny_experiment, 4, "fedit")
+    # Its factors are stacked where those of a cohort are smaller than the matrix, else summed.
+    stacked = [_of_cohort(tiny_experiment, cohort, "flexlora") for cohort in (1, 2)]
+    summed = [_of_cohort(tiny_experiment, cohort, "flexlora") for cohort in (400, 1000)]
+    assert stacked[0] < stacked[1]
+    assert summed[0] == summed[1]
+
+
+KEEPS = Method(direction=mean_update)
+
+
+def test_a_method_that_keeps_returns_grows_with_the_cohort(tiny_experiment: Experiment) -> None:
+    ours = f"{__name__}:KEEPS"
+    sizes = [_of_cohort(tiny_experiment, cohort, ours) for cohort in (4, 5, 1000)]
+    update = sizes[1] - sizes[0]
+    assert update > 0
+    assert sizes[2] - sizes[0] == 996 * update
+
+
+def test_folding_counts_what_a_server_holds(tiny_experiment: Experiment) -> None:
+    adam = tiny_experiment.with_values({"server.optimizer": "fedadam"})
+    server = Server(adam)
+    numbers = sum(tensor.numel() for tensor in server._state.values())
+    folding = estimate(adam, "server").folding
+    # The head has three classes, the estimate two. Sum, update, gradient, step and two moments.
+    assert folding == pytest.approx((16 + 8 + 8 + 8 + 16) * numbers, rel=0.05)
+    assert estimate(tiny_experiment, "server").folding < folding
+    assert estimate(adam, "client").folding == 0
+
+
+def test_bf16_is_a_copy_of_each_actor_on_a_cpu(tiny_experiment: Experiment) -> None:
+    full = estimate(tiny_experiment, "client")
+    half = estimate(tiny_experiment.with_values({"client.compute": "bf16"}), "client")
+    assert half.weights - full.weights == pytest.approx(full.loading / 2, rel=0.02)
+    assert half.mapped == full.mapped
+    packed = {"client.compute": "bf16", "client.base_bits": 4}
+    left = estimate(tiny_experiment.with_values(packed), "client")
+    assert 0 < left.weights < half.weights
+    assert estimate(tiny_experiment.with_values(packed), "server").weights == 0
+
+
+def test_quantized_layers_are_mapped_but_for_bitsandbytes(tiny_experiment: Experiment) -> None:
+    packed = estimate(tiny_experiment.with_values({"client.base_bits": 4}), "client")
+    assert packed.shared > 0
+    assert packed.weights == 0
+    dense = {"client.base_bits": 4, "client.dequantize_at_load": True}
+    assert estimate(tiny_experiment.with_values(dense), "client").shared > packed.shared
+    bnb = {"client.base_bits": 4, "client.base_format": "bitsandbytes"}
+    own = estimate(tiny_experiment.with_values(bnb), "client")
+    assert (own.shared, own.weights) == (0, packed.shared)
+    card = {"client.base_bits": 4, "runtime.client_gpus": 0.5}
+    assert estimate(tiny_experiment.with_values(card), "client").shared == 0
+
+
+def _merged_bytes(experiment: Experiment) -> int:
+    """Of the layers that stand in a client's model while it is evaluated, and are new."""
+    model = load_classifier(experiment.model, 2, 0, 0)
+    model = quantize_base(model, experiment.client)
+    model = add_adapter(model, experiment.adapter, experiment.lora, 0).eval()
+    if experiment.client.compute == "bf16":
+        store_in_bf16(model)
+    before = {id(p) for p in model.parameters()}
+    with merged(model, compute_dtype(model)):
+        return sum(p.nbytes for p in model.parameters() if id(p) not in before)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_evaluation_counts_merged_weights(
+    tiny_experiment: Experiment, compute: str, bits: int
+) -> None:
+    values = {"client.compute": compute, "client.base_bits": bits}
+    experiment = tiny_experiment.with_values(values)
+    rows = min(experiment.evaluation.batch_size, experiment.task.held_out)
+    layer = layer_bytes(load_outline(experiment.model, 2), rows, 16)
+    assert estimate(experiment, "client").evaluation - layer == _merged_bytes(experiment)
 
 
 def test_residuals_and_emulators_count(tiny_experiment: Experiment) -> None:

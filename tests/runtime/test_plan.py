@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import peaks
-from fedlpp_ray.federation.peaks import remember_peaks
+from fedlpp_ray.federation.footprint import estimate
+from fedlpp_ray.federation.peaks import Peak, remember_peaks
 from fedlpp_ray.runtime import PlacementError
+from fedlpp_ray.runtime.capacity import CLOSE, Actors, memory_faults, memory_notes
 from fedlpp_ray.runtime.nodes import GIB, Node, node_of
 from fedlpp_ray.runtime.plan import plan
 
@@ -69,6 +72,17 @@ def test_memory_that_is_close_is_noted_and_too_little_refused(tiny_experiment: E
     unknown = plan(tiny_experiment, [Node(4)])
     unknown.check()
     assert "memory unknown" in unknown.lines()[0]
+
+
+def test_what_is_mapped_counts_once(tiny_experiment: Experiment) -> None:
+    mapped = replace(estimate(tiny_experiment, "client"), loading=GIB, shared=GIB)
+    clients = Actors("client", 4, cpus=1, gpus=0, peak=Peak(mapped.peak, False, mapped))
+    private = 4 * (mapped.certain - 2 * GIB)
+    assert not list(memory_faults([clients], [Node(4, private + 2 * GIB)]))
+    assert list(memory_faults([clients], [Node(4, private + 2 * GIB - 1)]))
+    enough = int((4 * (mapped.peak - 2 * GIB) + 2 * GIB) / CLOSE) + 1
+    assert not list(memory_notes([clients], 1, [Node(4, enough)]))
+    assert list(memory_notes([clients], 1, [Node(4, enough - 2)]))
 
 
 def test_how_many_clients_a_card_could_hold_is_said(tiny_experiment: Experiment) -> None:
