@@ -30,6 +30,7 @@ Role = Literal["server", "client", "process"]
 
 MIB = 1 << 20
 FP32 = 4
+"""Bytes of a number in full precision."""
 PROCESS = 512 * MIB
 """A process on the CPU with torch, transformers, PEFT, a tokenizer and texts: measured, 480 to
 560 MiB of which the imports are 435 (torch 2.13, Python 3.11). Large corpora come on top."""
@@ -54,8 +55,9 @@ class Footprint:
             packed; on a GPU all that is moved there, in the base's format.
         trained: Of t trained numbers in fp32: themselves, gradients, the optimizer's moments (two
             of adamw, one of momentum), and copies as states. With residuals, they are state too.
-        folding: Of the server, in host memory (`folding_bytes`): the sum of the returns, one update, the
-            server optimizer, and the returns that a method keeps. Only these grow with the cohort.
+        folding: Of the server, in host memory (`folding_bytes`): the sum of the returns, one
+            update, the server optimizer, and the returns that a method keeps, which alone grow
+            with the cohort.
         training: Activations and logits of a step of client.batch_size texts of full length.
         evaluation: Merged and dequantized weights (`lora.merged`), one layer's activations and the
             logits of evaluation.batch_size texts of full length, and the keys and values of a
@@ -221,7 +223,6 @@ def _evaluation(base: nn.Module, experiment: Experiment) -> int:
 _STATES = 4
 """Copies of a party's state at once: as it began, received, after training, as a message."""
 _MOMENTS = {"adamw": 2, "sgd": 1}
-
 
 
 def _adapted(base: nn.Module, experiment: Experiment, *, trains: bool) -> nn.Module:
