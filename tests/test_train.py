@@ -70,6 +70,7 @@ def the_mlflow_run(uri: str) -> tuple[str, list[int], list[int]]:
     return run.info.status, steps[0], steps[1]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_killed_goes_on_to_the_same_numbers(
     project: Path, tiny_experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,11 @@ from fedlpp_ray.runtime.pool import OutOfMemoryError, Pool
 from fedlpp_ray.runtime.server import ServerActor
 from tests.federation.test_loop import numbers
 
+
+def slow(value: int) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 STATEFUL = {
     "uplink.bits": 4,
     "uplink.error_feedback": True,
@@ -80,7 +85,7 @@ def before_call(
     return calls
 
 
-@pytest.mark.parametrize("call", [1, 3, 5, 9, 14])
+@pytest.mark.parametrize("call", [slow(1), slow(3), 5, slow(9), slow(14)])
 def test_the_server_dies_before_any_of_its_calls(
     monkeypatch: pytest.MonkeyPatch,
     backend: RayBackend,
@@ -100,7 +105,7 @@ def test_the_server_dies_before_any_of_its_calls(
     assert numbers(federation.history) == expected
 
 
-@pytest.mark.parametrize("job", [1, 4, 6, 13])
+@pytest.mark.parametrize("job", [slow(1), 4, slow(6), slow(13)])
 def test_a_client_actor_dies_at_any_of_its_jobs(
     monkeypatch: pytest.MonkeyPatch,
     backend: RayBackend,
@@ -125,6 +130,7 @@ def test_a_client_actor_dies_at_any_of_its_jobs(
     assert len(sent) == 3 * 5 + 1
 
 
+@pytest.mark.slow
 def test_a_client_that_always_kills_its_actor_has_failed_and_is_reported(
     monkeypatch: pytest.MonkeyPatch, backend: RayBackend, experiment: Experiment
 ) -> None:
@@ -186,6 +192,7 @@ def test_if_nothing_can_be_used_the_run_says_why(
         list(Federation(experiment, backend).run())
 
 
+@pytest.mark.slow
 def test_a_hung_client_is_late_after_the_deadline_of_the_clock(
     backend: RayBackend, experiment: Experiment
 ) -> None:
