@@ -93,7 +93,7 @@ def test_pefts_adapter_files_hold_the_state_and_load(
     assert state_digest(saved) == state_digest(state)
     loaded = PeftModel.from_pretrained(load_generator(config, 0), tmp_path / "adapter").eval()
     ids = torch.arange(4, 13).view(1, 9)
-    # What was trained here is frozen there, and may be computed by another kernel (models/linear.py).
+    # What was trained here is frozen there: by another kernel, perhaps (models/linear.py).
     ours = model.eval()(input_ids=ids).logits
     torch.testing.assert_close(loaded(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
 
