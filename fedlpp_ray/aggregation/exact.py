@@ -13,6 +13,8 @@ where its last bit is 2^-62 or above, that is where |v| >= 2^-10.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -50,9 +52,14 @@ class ExactSum:
         self.count = 0
         self._schema, self._terms = dict(schema), terms
         self._uncarried = 0
-        sizes = {name: math.prod(shape) for name, shape in schema.items()}
-        self._hi = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
-        self._lo = {name: torch.zeros(n, dtype=torch.int64) for name, n in sizes.items()}
+        ends = list(accumulate(math.prod(shape) for shape in schema.values()))
+        runs = [slice(start, end) for start, end in pairwise([0, *ends])]
+        self._runs = dict(zip(schema, runs, strict=True))
+        size = ends[-1] if ends else 0
+        self._hi, self._lo = (
+            torch.zeros(size, dtype=torch.int64),
+            torch.zeros(size, dtype=torch.int64),
+        )
 
     def check(self, term: State, weight: float = 1.0) -> None:
         """Refuse what `add` would refuse.
@@ -84,8 +91,11 @@ class ExactSum:
             OverflowError, ValueError: as `check`; the sum is unchanged.
         """
         self.check(term, weight)
-        for name, x in term.items():
-            _accumulate(self._hi[name], self._lo[name], x.detach().reshape(-1), weight)
+        start = 0
+        for values in _chunks([term[name] for name in self._schema]):
+            run = slice(start, start + len(values))
+            _accumulate(self._hi[run], self._lo[run], values.mul_(weight))
+            start = run.stop
         self.count += 1
         self._uncarried += 1
         if self._uncarried == _BETWEEN_CARRIES:
@@ -103,16 +113,16 @@ class ExactSum:
             raise ValueError(f"more than {self._terms} terms")
         self._carry()
         other._carry()
-        for name in self._schema:
-            self._hi[name] += other._hi[name]
-            self._lo[name] += other._lo[name]
+        self._hi += other._hi
+        self._lo += other._lo
         self.count += other.count
         self._uncarried = 1
 
     def value(self, name: str) -> Tensor:
         """The sum of one tensor, float64: the exact integer's limbs, added once."""
         self._carry()
-        total = self._hi[name].double().mul_(_HI).add_(self._lo[name], alpha=RESOLUTION)
+        run = self._runs[name]
+        total = self._hi[run].double().mul_(_HI).add_(self._lo[run], alpha=RESOLUTION)
         return total.view(self._schema[name])
 
     def values(self) -> State:
@@ -132,8 +142,8 @@ class ExactSum:
     def tensors(self) -> State:
         """The sum as int64 tensors, the same for equal sums; not copies."""
         self._carry()
-        limbs = {f"hi:{name}": limb for name, limb in self._hi.items()}
-        limbs |= {f"lo:{name}": limb for name, limb in self._lo.items()}
+        limbs = {f"hi:{name}": self._hi[run] for name, run in self._runs.items()}
+        limbs |= {f"lo:{name}": self._lo[run] for name, run in self._runs.items()}
         return {"count": torch.tensor(self.count), **limbs}
 
     @classmethod
@@ -149,20 +159,20 @@ class ExactSum:
             raise ValueError(f"{found.count} terms; at most {terms} are expected")
         most = int(LIMIT / _HI) // terms * found.count + found.count
         for limbs, prefix, bound in ((found._hi, "hi", most), (found._lo, "lo", _CARRY // 2)):
-            for name in schema:
+            for name, run in found._runs.items():
                 limb = tensors[f"{prefix}:{name}"]
                 if limb.numel() and not (-bound <= int(limb.min()) <= int(limb.max()) <= bound):
                     raise ValueError(f"{name}: out of the range of {found.count} terms")
-                limbs[name] = limb.clone()
+                limbs[run] = limb
         return found
 
     def _carry(self) -> None:
         """Bring every lower limb into [-2^49, 2^49): then equal sums have equal limbs."""
         if not self._uncarried:
             return
-        for name, lo in self._lo.items():
+        for hi, lo in zip(*(torch.split(x, _CHUNK) for x in (self._hi, self._lo)), strict=True):
             carried = (lo + _CARRY // 2) >> 50
-            self._hi[name] += carried
+            hi.add_(carried)
             lo.sub_(carried << 50)
         self._uncarried = 0
 
@@ -231,17 +241,23 @@ def _weighed(term: State) -> State:
     return {_WEIGHT: torch.ones(()), **{f"x:{name}": x for name, x in term.items()}}
 
 
-def _accumulate(hi: Tensor, lo: Tensor, x: Tensor, weight: float) -> None:
-    """Split w x and add it to both limbs."""
-    size = min(_CHUNK, x.numel())
-    scaled, rounded = torch.empty(2, size, dtype=torch.float64)
-    integer = torch.empty(size, dtype=torch.int64)
-    for start in range(0, x.numel(), _CHUNK):
-        run = slice(start, start + _CHUNK)
-        n = x[run].numel()
-        v, top, whole = scaled[:n], rounded[:n], integer[:n]
-        v.copy_(x[run]).mul_(weight)
-        torch.mul(v, 1 / _HI, out=top).round_()
-        hi[run] += whole.copy_(top)
-        v.sub_(top, alpha=_HI).mul_(1 / RESOLUTION).round_()
-        lo[run] += whole.copy_(v)
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of all, one after the other, in float64; each chunk is overwritten by the next."""
+    chunk, filled = torch.empty(_CHUNK, dtype=torch.float64), 0
+    for tensor in tensors:
+        left = tensor.detach().reshape(-1)
+        while len(left):
+            part, left = left[: _CHUNK - filled], left[_CHUNK - filled :]
+            chunk[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == _CHUNK:
+                yield chunk
+                filled = 0
+    yield chunk[:filled]
+
+
+def _accumulate(hi: Tensor, lo: Tensor, values: Tensor) -> None:
+    """Split the values, which are overwritten, and add them to both limbs."""
+    top = (values * (1 / _HI)).round_()
+    hi.add_(top.long())
+    lo.add_(values.sub_(top, alpha=_HI).mul_(1 / RESOLUTION).round_().long())

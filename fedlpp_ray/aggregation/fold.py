@@ -55,8 +55,8 @@ class RoundSum:
             raise ValueError(f"client {client} has been added")
         terms = self._terms(returned)
         means = {kind: self._mean(kind) for kind in terms}
-        for kind, (weight, term) in terms.items():
-            means[kind].check(term, weight)
+        for kind, (weight, term) in list(terms.items())[1:]:
+            means[kind].check(term, weight)  # the first one's `add` does, before anything changes
         for kind, (weight, term) in terms.items():
             means[kind].add(term, weight)
         self._means |= means

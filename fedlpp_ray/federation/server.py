@@ -11,7 +11,7 @@ import torch
 from fedlpp_ray.aggregation import find_method, make_optimizer
 from fedlpp_ray.aggregation.products import truncate
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.adapter import adapter_files, adapter_state
+from fedlpp_ray.federation.adapter import AdapterFiles, adapter_state
 from fedlpp_ray.federation.aggregator import Aggregator, Opening
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
@@ -55,6 +55,7 @@ class Server:
         if method.writes_base:
             add_residuals(self._model)
         self._initial = read_state(self._model)
+        self._files = AdapterFiles(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
@@ -251,8 +252,7 @@ class Server:
         `optimizer.safetensors` what the server's optimiser remembers; `variates.safetensors`
         SCAFFOLD's c; `emulator.sha256` which emulator clients have. Each only where there is any.
         """
-        write_state(self._model, self._initial | self._state)
-        files = adapter_files(self._model)
+        files = self._files.of(self._initial | self._state)
         residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
         beside = {
             RESIDUAL: residuals,

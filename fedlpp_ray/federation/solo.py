@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.federation.adapter import adapter_files, adapter_state
+from fedlpp_ray.federation.adapter import AdapterFiles, adapter_state
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate, load_client_base
@@ -28,7 +28,7 @@ from fedlpp_ray.federation.records import (
 )
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
-from fedlpp_ray.lora import add_adapter, read_state, store_in_bf16, write_state
+from fedlpp_ray.lora import ModelState, add_adapter, store_in_bf16
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import state_digest
 from fedlpp_ray.training import Training, configure_torch, whole_descent
@@ -61,6 +61,7 @@ class Solo:
             base = load_client_base(experiment, self._text, emulator)
         adapter, lora = experiment.adapter, experiment.lora
         self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
+        self._state, self._files = ModelState(self._model), AdapterFiles(self._model)
         if experiment.client.compute == "bf16":
             store_in_bf16(self._model)
         strongest, rounds = self._text.strongest, range(1, experiment.federation.rounds + 1)
@@ -113,7 +114,7 @@ class Solo:
 
     def aggregate(self, round: int) -> str:
         """The digest of the model's state."""
-        return state_digest(read_state(self._model))
+        return state_digest(self._state.read())
 
     discard = aggregate
 
@@ -134,7 +135,8 @@ class Solo:
 
     def adapter(self) -> dict[str, bytes]:
         """The model as a PEFT adapter, and `training.pt`: what the optimizer remembers."""
-        return adapter_files(self._model) | {TRAINING: self._training.save()}
+        files = self._files.of(self._state.read())
+        return files | {TRAINING: self._training.save()}
 
     def restore(self, adapter: dict[str, bytes]) -> str:
         """Take back the state of an `adapter`; returns its digest.
@@ -142,9 +144,9 @@ class Solo:
         Raises:
             ValueError: it is an adapter of another model or rank.
         """
-        write_state(self._model, adapter_state(adapter, read_state(self._model)))
+        self._state.write(adapter_state(adapter, self._state.read()))
         self._training.load(adapter[TRAINING])
-        return state_digest(read_state(self._model))
+        return state_digest(self._state.read())
 
     def renew_server(self) -> None:
         """Nothing to do: it is lost only with this process."""

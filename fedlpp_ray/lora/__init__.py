@@ -10,17 +10,18 @@ from fedlpp_ray.lora.half import store_in_bf16
 from fedlpp_ray.lora.inject import add_lora
 from fedlpp_ray.lora.merge import adapted_numbers, merged
 from fedlpp_ray.lora.state import (
+    ModelState,
     add_residuals,
     at_rank,
     read_state,
     trainable,
-    training_only,
     write_state,
 )
 from fedlpp_ray.lora.whole import LoraError
 
 __all__ = [
     "LoraError",
+    "ModelState",
     "adapted_numbers",
     "add_adapter",
     "add_lora",
@@ -31,6 +32,5 @@ __all__ = [
     "save_adapter",
     "store_in_bf16",
     "trainable",
-    "training_only",
     "write_state",
 ]

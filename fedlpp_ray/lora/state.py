@@ -26,19 +26,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-@contextmanager
-def training_only(model: nn.Module, parts: frozenset[Part]) -> Iterator[None]:
-    """Inside the block, of what is trainable only these parts are."""
-    frozen = [p for name, p in trainable(model).items() if part(name) not in parts]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
-
 def add_residuals(model: nn.Module) -> None:
     """Give every adapted layer a residual E, at first zero: h = W0 x + (alpha/r) (B A + E) x.
 
@@ -57,51 +44,86 @@ def _add_residual(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     return output + added
 
 
-def read_state(model: nn.Module, rank: int | None = None) -> State:
-    """A copy of the model's trainable tensors and residuals.
+class ModelState:
+    """The trainable tensors and residuals of a model, looked up once: that walks all its modules.
 
     Args:
-        model: With adapters.
-        rank: Only the first so many rows of each A and columns of each B. None: all.
+        model: With adapters, all of them trainable. Its modules stay those that they are, or come
+            back, as after `merged`.
     """
-    return {
-        name: at_rank(name, tensor.detach(), rank).to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in _tensors(model).items()
-    }
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = _lora_layers(model)
+        self._trainable = trainable(model)
+        residuals = {
+            name_of(layer, "residual"): module.residual
+            for layer, module in self._layers.items()
+            if "residual" in module._buffers
+        }
+        self._tensors: State = dict(sorted((residuals | self._trainable).items()))
+
+    def read(self, rank: int | None = None) -> State:
+        """A copy of all tensors, on the CPU.
+
+        Args:
+            rank: Only the first so many rows of each A and columns of each B. None: all.
+        """
+        return {
+            name: at_rank(name, tensor.detach(), rank)
+            .to("cpu", torch.float32, copy=True)
+            .contiguous()
+            for name, tensor in self._tensors.items()
+        }
+
+    def write(self, state: State) -> None:
+        """Copy `state` into the model.
+
+        Factors of a smaller rank r fill the first rows and columns; the rest is zero and stays zero
+        in training, and the product is scaled by alpha / r: it is a model of rank r.
+
+        Raises:
+            ValueError: the names differ from the model's.
+        """
+        if self._tensors.keys() != state.keys():
+            different = sorted(self._tensors.keys() ^ state.keys())
+            raise ValueError(f"state and model differ in: {', '.join(different)}")
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                axis = FACTOR_AXIS.get(part(name))
+                rank = None if axis is None else state[name].shape[axis]
+                own = at_rank(name, tensor, rank)
+                if own.shape != tensor.shape:
+                    tensor.zero_()
+                own.copy_(state[name])
+            for layer, module in self._layers.items():
+                rank = state[name_of(layer, "A")].shape[0]
+                module.scaling[ADAPTER] = module.lora_alpha[ADAPTER] / rank
+
+    @contextmanager
+    def training_only(self, parts: frozenset[Part]) -> Iterator[None]:
+        """Inside the block, of what is trainable only these parts are."""
+        frozen = [p for name, p in self._trainable.items() if part(name) not in parts]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+def read_state(model: nn.Module) -> State:
+    """A copy of a model's state (`ModelState.read`)."""
+    return ModelState(model).read()
 
 
 def write_state(model: nn.Module, state: State) -> None:
-    """Copy `state` into the model.
-
-    Factors of a smaller rank r fill the first rows and columns; the rest is zero and stays zero in
-    training, and the product is scaled by alpha / r: it is a model of rank r.
+    """Copy a state into a model (`ModelState.write`).
 
     Raises:
         ValueError: the names differ from the model's.
     """
-    tensors = _tensors(model)
-    if tensors.keys() != state.keys():
-        different = sorted(tensors.keys() ^ state.keys())
-        raise ValueError(f"state and model differ in: {', '.join(different)}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.zero_()
-            axis = FACTOR_AXIS.get(part(name))
-            rank = None if axis is None else state[name].shape[axis]
-            at_rank(name, tensor, rank).copy_(state[name])
-        for layer, module in _lora_layers(model).items():
-            rank = state[name_of(layer, "A")].shape[0]
-            module.scaling[ADAPTER] = module.lora_alpha[ADAPTER] / rank
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that a state holds, by its names in the state, sorted."""
-    residuals = {
-        name_of(layer, "residual"): module.residual
-        for layer, module in _lora_layers(model).items()
-        if "residual" in module._buffers
-    }
-    return dict(sorted((residuals | trainable(model)).items()))
+    ModelState(model).write(state)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:

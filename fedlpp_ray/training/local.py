@@ -71,7 +71,7 @@ class Training:
         return loss
 
     def advance(self, steps: int) -> float:
-        """Make so many steps; the model is left in evaluation mode.
+        """Make so many steps; the model is left in training mode.
 
         Returns:
             Mean training loss over them, in nats.
@@ -81,7 +81,6 @@ class Training:
             self._use(self._random)
             losses = [self._step() for _ in range(steps)]
             self._random = self._generators()
-        self._model.eval()
         # Read once: reading a number of a GPU waits for all that it has to do.
         total: float = sum(torch.stack(losses).tolist())
         return total / steps

@@ -169,12 +169,22 @@ def test_shared_bases_have_such_layers_and_peft_and_merging_know_them(
     assert all(p.grad is None for p in frozen)
 
 
-def test_few_numbers_of_rows_reach_the_kernel() -> None:
+@has_kernel
+def test_few_numbers_of_rows_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps code, hence memory, for each."""
-    found = {rows: linear._sizes(rows) for rows in range(5000)}
-    assert all(sum(sizes) == rows for rows, sizes in found.items())
-    seen = {size for sizes in found.values() for size in sizes}
-    assert seen == {*range(1, 8), 8, 16, 32, 64, 128, 256, 512, 1024}
+    seen, real = set(), torch.ops.mkldnn._linear_pointwise
+
+    def kernel(x: Tensor, *rest: object) -> Tensor:
+        seen.add(len(x))
+        return real(x, *rest)
+
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", kernel)
+    weight = torch.randn(3, 2)
+    for rows in range(linear.LEAST_ROWS, 3000):
+        x = torch.ones(rows, 2)
+        assert torch.allclose(linear.product(x, weight), x @ weight.t(), atol=1e-5)
+    assert seen == {*range(8, 129, 8), 256, 512, 1024}
 
 
 @has_kernel

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedlpp_ray.config import ClientConfig, Experiment, GenerationConfig, LoraConfig
 from fedlpp_ray.lora import (
+    ModelState,
     add_lora,
     add_residuals,
     merged,
     read_state,
     store_in_bf16,
     trainable,
-    training_only,
     write_state,
 )
 from fedlpp_ray.models import PackedLinear, quantize_base
@@ -208,7 +208,7 @@ def test_nothing_frozen_has_a_gradient_and_backward_stops_at_the_lowest_adapted_
 
 def test_a_part_that_is_not_trained_in_a_round_has_no_gradient(folders: dict[str, Path]) -> None:
     model = adapted(folders[BERT])
-    with training_only(model, frozenset({"B", "head"})):
+    with ModelState(model).training_only(frozenset({"B", "head"})):
         training(model, BERT).advance(1)
     for name, parameter in trainable(model).items():
         assert (parameter.grad is None) == (part(name) == "A")
