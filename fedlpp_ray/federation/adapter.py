@@ -30,7 +30,7 @@ class AdapterFiles:
 
     def of(self, state: State) -> dict[str, bytes]:
         """The files, by name, of the model with this state; residuals are not in them."""
-        tensors = {name: tensor for name, tensor in state.items() if part(name) != "residual"}
+        tensors = {name: t.contiguous() for name, t in state.items() if part(name) != "residual"}
         return self._others | {ADAPTER_STATE: safetensors.torch.save(tensors, {"format": "pt"})}
 
     @cached_property

@@ -12,18 +12,26 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlpp_ray.config import check_same, dump_experiment, load_experiment
 from fedlpp_ray.federation.loop import Federation
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.snapshot import Snapshot
-from fedlpp_ray.storage import CheckpointError, RunFolder, read_folder, write_folder
+from fedlpp_ray.storage import (
+    CheckpointError,
+    RunFolder,
+    StoredBytes,
+    read_folder,
+    read_stored,
+    write_folder,
+)
 from fedlpp_ray.storage.runs import EXPERIMENT
 
 HISTORY, ADAPTER = "history.json", "adapter"
 CLIENTS, BROADCASTS = "clients", "broadcasts"
+Content = TypeVar("Content", bytes, StoredBytes)
 _UNDEFINED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Numbers that JSON does not have, as a history writes them: strings."""
 
@@ -41,10 +49,10 @@ def restore(federation: Federation, folder: Path) -> None:
         CheckpointError: another version of the format wrote it, or it does not fit.
         ConfigError: it is of another experiment; the message names the difference.
     """
-    files = read_folder(folder)
+    files = read_folder(folder, without=CLIENTS)
     check_same(load_experiment(folder / EXPERIMENT), federation.experiment, str(folder))
     try:
-        federation.restore(_snapshot(files))
+        federation.restore(_snapshot(files, read_stored(folder, CLIENTS)))
     except ValueError as error:
         reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
         raise CheckpointError(f"{folder}: {reason}") from error
@@ -80,11 +88,11 @@ def trained(folder: RunFolder) -> dict[str, bytes]:
     latest = folder.latest()
     if latest is None:
         raise CheckpointError(f"{folder.path}: has no checkpoint, so no adapter")
-    files = _inside(ADAPTER, read_folder(latest))
+    files = _inside(ADAPTER, read_folder(latest, without=CLIENTS))
     return {name: content for name, content in files.items() if name != TRAINING}
 
 
-def _files(federation: Federation) -> dict[str, bytes]:
+def _files(federation: Federation) -> dict[str, bytes | StoredBytes]:
     experiment = dump_experiment(
         federation.experiment,
         "The experiment of this run",
@@ -102,27 +110,27 @@ def _files(federation: Federation) -> dict[str, bytes]:
     }
 
 
-def _snapshot(files: Mapping[str, bytes]) -> Snapshot:
+def _snapshot(files: Mapping[str, bytes], kept: Mapping[str, StoredBytes]) -> Snapshot:
     made = {int(name.partition("/")[0]) for name in _inside(BROADCASTS, files)}
     return Snapshot(
         tuple(_history(files[HISTORY])),
-        _messages(CLIENTS, files),
+        _messages(CLIENTS, kept),
         {each: _messages(f"{BROADCASTS}/{each}", files) for each in made},
         _inside(ADAPTER, files) or None,
     )
 
 
-def _inside(name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def _inside(name: str, files: Mapping[str, Content]) -> dict[str, Content]:
     """The files in a folder, by their names there."""
     start = f"{name}/"
     return {key.removeprefix(start): x for key, x in files.items() if key.startswith(start)}
 
 
-def _numbered(name: str, messages: Mapping[int, bytes]) -> dict[str, bytes]:
+def _numbered(name: str, messages: Mapping[int, Content]) -> dict[str, Content]:
     return {f"{name}/{key}.safetensors": content for key, content in messages.items()}
 
 
-def _messages(name: str, files: Mapping[str, bytes]) -> dict[int, bytes]:
+def _messages(name: str, files: Mapping[str, Content]) -> dict[int, Content]:
     return {int(key.partition(".")[0]): x for key, x in _inside(name, files).items()}
 
 

@@ -14,6 +14,7 @@ from fedlpp_ray.federation.records import (
     ClientRecord,
     ClientReport,
     Measured,
+    Memory,
     Pending,
     RoundRecord,
 )
@@ -22,6 +23,7 @@ from fedlpp_ray.federation.schedule import RoundPlan, Schedule, abandoned
 from fedlpp_ray.federation.snapshot import Snapshot
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.messages import MessageError
+from fedlpp_ray.storage import StoredBytes
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Federation:
         self.experiment = experiment
         self.backend = backend
         self.history: list[RoundRecord] = []
-        self._memories: dict[int, bytes] = {}  # what clients keep
+        self._memories: dict[int, StoredBytes] = {}  # what clients keep
         self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
         self._taken: Snapshot | None = None
         examples = backend.examples()
@@ -61,7 +63,7 @@ class Federation:
             self._put_in_force(plan.round, plan.sampled, clock)
             evaluation = self._evaluate(plan.round, clock) if plan.round > done + 1 else None
             # 3. Each client trains from it; the server folds each update as it comes, in any order.
-            kept = {each: self._memories.get(each.client) for each in plan.cohort}
+            kept = {each: self._memory(each.client) for each in plan.cohort}
             training = self.backend.train(plan.round, kept, self._broadcasts)
             if evaluation:
                 yield self._measured(evaluation, clock)
@@ -114,6 +116,10 @@ class Federation:
     def _broadcast(self, started: int) -> Broadcast:
         return self._broadcasts[self.experiment.downlink.made_in(started)]
 
+    def _memory(self, client: int) -> Memory:
+        found = self._memories.get(client)
+        return None if found is None else found.read()
+
     def _is_evaluated(self, round: int) -> bool:
         every, last = self.experiment.evaluation.every, self.experiment.federation.rounds
         return round > 0 and (round % every == 0 or round == last)
@@ -122,7 +128,7 @@ class Federation:
         """Begin to measure the state through what clients that start in the next round read."""
         if not self._is_evaluated(following - 1):
             return lambda: Measured(None)
-        memory = self._memories.get(self._strongest)
+        memory = self._memory(self._strongest)
         with clock("evaluate"):
             return self.backend.evaluate(following, self._broadcast(following), memory)
 
@@ -156,7 +162,9 @@ class Federation:
             raise MessageError(f"round {plan.round}: no update could be used: {broken[0].reason}")
         if plan.cohort and came >= needed:
             self._memories |= {
-                r.client: r.memory for r in reports if r.memory is not None and r.fault is None
+                r.client: StoredBytes(r.memory)
+                for r in reports
+                if r.memory is not None and r.fault is None
             }
             return self.backend.aggregate(plan.round), reports
         fault = abandoned(came, needed)

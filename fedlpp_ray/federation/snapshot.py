@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.wire import Broadcast
+from fedlpp_ray.storage import StoredBytes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,6 @@ class Snapshot:
     """
 
     history: tuple[RoundRecord, ...]
-    memories: Mapping[int, bytes]
+    memories: Mapping[int, StoredBytes]
     broadcasts: Mapping[int, Broadcast]
     adapter: Mapping[str, bytes] | None

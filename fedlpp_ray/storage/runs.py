@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedlpp_ray.config import Experiment, check_same, load_experiment
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.storage.whole import ASIDE, DamagedError, read_folder, sync, write_file
+from fedlpp_ray.storage.whole import ASIDE, DamagedError, check_folder, sync, write_file
 
 EXPERIMENT = "experiment.yaml"
 """The experiment, in each checkpoint."""
@@ -107,7 +107,7 @@ class RunFolder:
         saved = self._saved()
         for path in reversed(saved):
             try:
-                read_folder(path)
+                check_folder(path)
             except DamagedError as error:
                 logger.warning("%s; the one before it is used", error)
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -23,7 +24,9 @@ from fedlpp_ray.storage import (
     CheckpointError,
     DamagedError,
     RunFolder,
+    StoredBytes,
     read_folder,
+    read_stored,
     whole,
     write_file,
     write_folder,
@@ -91,7 +94,10 @@ def files_of(experiment: Experiment, round: int) -> dict[str, bytes]:
 
 
 def save(folder: RunFolder, experiment: Experiment, round: int) -> None:
-    folder.save(round, lambda empty: write_folder(empty, files_of(experiment, round)))
+    files: dict[str, Any] = files_of(experiment, round)
+    kept = "clients/3.safetensors"
+    files[kept] = StoredBytes(files[kept])
+    folder.save(round, lambda empty: write_folder(empty, files))
 
 
 class Cut(BaseException):
@@ -108,7 +114,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: float) -> None:
         self.done, self._steps = 0, steps
-        self._loose: set[Path] = set()
+        self._loose: dict[int, int] = {}  # inodes of files that are not synchronised, and the files
         self._fsync, self._replace, self._rmtree = os.fsync, os.replace, shutil.rmtree
         monkeypatch.setattr(whole.os, "fsync", self.fsync)
         monkeypatch.setattr(whole.os, "replace", self.replace)
@@ -124,23 +130,25 @@ class Disk:
     def step(self) -> None:
         self.done += 1
         if self.done > self._steps:
-            for path in self._loose:
-                os.truncate(path, path.stat().st_size // 2)
+            for file in self._loose.values():
+                os.ftruncate(file, os.fstat(file).st_size // 2)
+                os.close(file)
             raise Cut
 
     def writing(self, path: Path) -> None:
-        self._loose.add(path)
+        file = os.open(path, os.O_WRONLY)
+        self._loose[os.fstat(file).st_ino] = file
         self.step()
 
     def fsync(self, descriptor: int) -> None:
         self.step()
         self._fsync(descriptor)
-        self._loose.discard(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        if (file := self._loose.pop(os.fstat(descriptor).st_ino, None)) is not None:
+            os.close(file)
 
     def replace(self, old: Path, new: Path) -> None:
         self.step()
         self._replace(old, new)
-        self._loose = {new / p.relative_to(old) if old in p.parents else p for p in self._loose}
 
     def rmtree(self, folder: Path) -> None:
         self.step()
@@ -253,6 +261,56 @@ def test_a_crash_while_a_file_is_replaced_leaves_the_old_or_the_new(tmp_path: Pa
     assert found[0] == b"old result"
     assert found[-1] == b"new result"
     assert set(found) == {b"old result", b"new result"}
+
+
+def test_what_a_client_keeps_is_on_the_disk_once_and_goes_when_nothing_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver's memory and what a checkpoint writes do not grow with those who have taken part."""
+    kept = StoredBytes(b"kept")
+    temporary = kept._path
+    for round in ("one", "two"):
+        (tmp_path / round).mkdir()
+        write_folder(tmp_path / round, {"clients/3": kept, "history": b"[]"})
+    assert temporary.stat().st_nlink == 3  # the same blocks
+    restored = read_stored(tmp_path / "two", "clients")["clients/3"]
+    assert (restored.read(), restored, temporary.stat().st_nlink) == (b"kept", kept, 4)
+    del kept, restored
+    assert not temporary.exists()
+    assert (tmp_path / "one" / "clients" / "3").stat().st_nlink == 2
+    assert read_folder(tmp_path / "one", without="clients") == {"history": b"[]"}
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "three").mkdir()
+    elsewhere = read_stored(tmp_path / "two", "clients")
+    write_folder(tmp_path / "three", elsewhere)
+    assert read_folder(tmp_path / "three") == {"clients/3": b"kept"}
+    flip(tmp_path / "two" / "clients" / "3")
+    assert elsewhere["clients/3"].read() == b"kept"
+    with pytest.raises(DamagedError, match="clients/3 is not what was written"):
+        read_stored(tmp_path / "two", "clients")
+
+
+def test_of_what_clients_keep_only_what_is_new_is_written(
+    tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    values = KINDS["control variates"] | {"federation.rounds": 3}
+    experiment = tiny_experiment.with_values(values)
+    federation = Federation(experiment, in_process(experiment))
+    folders, files = [], []
+    for record in federation.run():
+        folders.append(tmp_path / str(record.round))
+        folders[-1].mkdir()
+        checkpoint.save(federation, folders[-1])
+        cohort = {client.client for client in record.clients}
+        files.append({int(p.stem): p.stat().st_ino for p in (folders[-1] / "clients").iterdir()})
+        for client in files[-1] if len(files) > 1 else ():
+            again = files[-2].get(client) == files[-1][client]
+            assert again == (client not in cohort)
+    assert files[0].keys() < files[2].keys()
 
 
 def flip(path: Path) -> None:

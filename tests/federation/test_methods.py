@@ -129,7 +129,7 @@ def test_fedsa_clients_keep_their_own_b(tiny_experiment: Experiment) -> None:
     stream = federation.run()
     next(stream)
     memories = federation.snapshot().memories
-    first = {c: safetensors.torch.load(m or b"") for c, m in memories.items()}
+    first = {c: safetensors.torch.load(m.read()) for c, m in memories.items()}
     assert set(first) == set(range(8))
     assert all({part(n) for n in kept} == {"B"} for kept in first.values())
     name = next(iter(first[0]))
@@ -137,7 +137,7 @@ def test_fedsa_clients_keep_their_own_b(tiny_experiment: Experiment) -> None:
     # What a client does next depends on what it kept.
     host = federation.backend._host  # type: ignore[attr-defined]
     broadcast = federation.backend.encode_broadcast(2)
-    updates = [host.train(2, 0, broadcast, memories[c]).payload for c in (0, 0, 1)]
+    updates = [host.train(2, 0, broadcast, memories[c].read()).payload for c in (0, 0, 1)]
     assert updates[0] == updates[1] != updates[2]
 
 
