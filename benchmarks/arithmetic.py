@@ -1,11 +1,12 @@
 """What a client's step and an evaluation cost beside the arithmetic that their result needs.
 
     python -m benchmarks.arithmetic [--quick] [--into benchmarks/README.md]
-    python -m benchmarks.arithmetic --utility  the default experiment in fp32 and in bf16; longer
+    python -m benchmarks.arithmetic --utility [--into benchmarks/README.md]
 
 The first is on one CPU thread, each variant in turn, best of several. The bare loop is what a
 person would write with PEFT: DataLoader, `model(**batch).loss`, AdamW, a scheduler; its batches,
-model and base are those of `Training`. Ratios are to the first row of a group.
+model and base are those of `Training`. Ratios are to the first row of a group. With `--utility`,
+the default experiment is run whole in fp32 and in bf16.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--utility", action="store_true", help="fp32 and bf16, the default trained")
     options = parser.parse_args()
     if options.utility:
-        print(utility_markdown(utility()))
+        page.deliver(f"{NAME} --utility", options, lambda: utility_markdown(utility()))
         return
 
     def tables() -> str:

@@ -180,15 +180,18 @@ def test_folding_counts_what_a_server_holds(tiny_experiment: Experiment) -> None
     assert estimate(adam, "client").folding == 0
 
 
-def test_bf16_is_a_copy_of_each_actor_on_a_cpu(tiny_experiment: Experiment) -> None:
+def test_a_copy_in_bf16_is_one_for_all_actors_on_a_cpu(tiny_experiment: Experiment) -> None:
     full = estimate(tiny_experiment, "client")
     half = estimate(tiny_experiment.with_values({"client.compute": "bf16"}), "client")
-    assert half.weights - full.weights == pytest.approx(full.loading / 2, rel=0.02)
-    assert half.mapped == full.mapped
-    packed = {"client.compute": "bf16", "client.base_bits": 4}
-    left = estimate(tiny_experiment.with_values(packed), "client")
-    assert 0 < left.weights < half.weights
-    assert estimate(tiny_experiment.with_values(packed), "server").weights == 0
+    assert half.shared - full.shared == pytest.approx(full.loading / 2, rel=0.02)
+    assert half.weights == full.weights == 0
+    packed = {"client.base_bits": 4}
+    fp32 = estimate(tiny_experiment.with_values(packed), "client")
+    bf16 = estimate(tiny_experiment.with_values({"client.compute": "bf16"} | packed), "client")
+    assert 0 < bf16.shared - fp32.shared < half.shared
+    assert bf16.weights == 0
+    card = {"client.compute": "bf16", "runtime.client_gpus": 0.5}
+    assert estimate(tiny_experiment.with_values(card), "client").shared == 0
 
 
 def test_quantized_layers_are_mapped_but_for_bitsandbytes(tiny_experiment: Experiment) -> None:

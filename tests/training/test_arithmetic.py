@@ -14,6 +14,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fedlpp_ray import cache
 from fedlpp_ray.config import ClientConfig, Experiment, GenerationConfig, LoraConfig
 from fedlpp_ray.lora import (
     ModelState,
@@ -311,6 +312,30 @@ def test_bf16_trains_fp32_parameters_close_to_fp32_and_the_same_twice(
     assert losses[1] != losses[0]
     assert losses[2] == losses[1]
     assert same(states[1], states[2])
+
+
+@pytest.mark.parametrize("base", list(BASES))
+def test_processes_share_one_copy_in_bf16(
+    folders: dict[str, Path], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLPP_RAY_CACHE", str(tmp_path))
+    model = adapted(folders[BERT], base)
+    rounded = {n: p.detach().bfloat16() for n, p in model.named_parameters() if not p.requires_grad}
+    floating = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    for _ in range(2):
+        half = store_in_bf16(adapted(folders[BERT], base))
+        ranges = cache.mapped_ranges()
+        for name, parameter in half.named_parameters():
+            if name in rounded.keys() & floating:
+                assert torch.equal(parameter, rounded[name])
+                assert any(first <= parameter.data_ptr() < last for first, last in ranges)
+    other = adapted(folders[BERT], base)
+    name = next(n for n, p in other.named_parameters() if n in rounded.keys() & floating)
+    other.get_parameter(name).data += 1  # other weights, so another copy
+    assert torch.equal(
+        store_in_bf16(other).get_parameter(name), (model.get_parameter(name) + 1).bfloat16()
+    )
+    assert len(list(tmp_path.glob("halves/*.safetensors"))) == 2
 
 
 def test_a_rotary_embedding_and_packed_scales_stay_fp32(folders: dict[str, Path]) -> None:
