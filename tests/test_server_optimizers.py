@@ -41,6 +41,10 @@ def reference(name: str, deltas: list[np.ndarray]) -> Iterator[np.ndarray]:
             yield LR * m / (np.sqrt(v) + TAU)
 
 
+def stepped(optimizer: ServerOptimizer, anchor: State, direction: State) -> State:
+    return {n: optimizer.step(n, anchor[n], d) for n, d in direction.items()}
+
+
 def make(name: OptimizerName, shapes: dict[str, tuple[int, ...]] = SHAPES) -> ServerOptimizer:
     return make_optimizer(name, shapes, lr=LR, momentum=MOMENTUM, beta1=BETA1, beta2=BETA2, tau=TAU)
 
@@ -62,7 +66,7 @@ def directions(count: int) -> list[State]:
 def test_five_steps_are_those_of_the_paper(name: OptimizerName) -> None:
     optimizer, given = make(name), directions(5)
     zero = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
-    found = [optimizer.step(zero, direction) for direction in given]
+    found = [stepped(optimizer, zero, direction) for direction in given]
     for key in SHAPES:
         expected = reference(name, [direction[key].numpy() for direction in given])
         for step, paper in zip(found, expected, strict=True):
@@ -101,19 +105,19 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(name: OptimizerName) -> None:
     whole, first = make(name), make(name)
     state = draw(0)
     for direction in steps[:3]:
-        state, same = whole.step(state, direction), first.step(state, direction)
+        state, same = stepped(whole, state, direction), stepped(first, state, direction)
         assert state_digest(state) == state_digest(same)
     kept = first.state_dict()
-    first.step(state, steps[5])  # what is kept is a copy
+    stepped(first, state, steps[5])  # what is kept is a copy
     kept = safetensors.torch.load(safetensors.torch.save(kept))
     second = make(name)
     second.load_state_dict(kept)
     for direction in steps[3:]:
-        state, same = whole.step(state, direction), second.step(state, direction)
+        state, same = stepped(whole, state, direction), stepped(second, state, direction)
         assert state_digest(state) == state_digest(same)
-    forgetful = make(name).step(state, steps[0])
+    forgetful = stepped(make(name), state, steps[0])
     remembers = name != "fedavg"
-    assert (state_digest(forgetful) != state_digest(whole.step(state, steps[0]))) == remembers
+    assert (state_digest(forgetful) != state_digest(stepped(whole, state, steps[0]))) == remembers
     assert bool(kept) == remembers
 
 
@@ -130,9 +134,9 @@ def test_arguments_are_unchanged_and_results_are_fp32(name: OptimizerName) -> No
     anchor, direction = draw(0), draw(1, dtype=torch.float64)
     before = state_digest(anchor), state_digest(direction)
     optimizer = make(name)
-    first = optimizer.step(anchor, direction)
+    first = stepped(optimizer, anchor, direction)
     kept = state_digest(first)
-    optimizer.step(anchor, direction)
+    stepped(optimizer, anchor, direction)
     assert (state_digest(anchor), state_digest(direction)) == before
     assert state_digest(first) == kept
     assert {tensor.dtype for tensor in first.values()} == {torch.float32}
@@ -159,3 +163,14 @@ def test_a_tensor_that_nobody_returned_stays_and_its_moments_do_not_age(
 def test_there_is_no_optimiser_of_another_name() -> None:
     with pytest.raises(KeyError):
         make_optimizer("fedprox", SHAPES, lr=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_between_steps_only_the_memory_is_held(name: OptimizerName) -> None:
+    optimizer = make(name)
+    anchor = {n: torch.ones(shape) for n, shape in SHAPES.items()}
+    stepped(optimizer, anchor, {n: tensor.double() for n, tensor in anchor.items()})
+    for one in optimizer._optimizers.values():
+        (parameter,) = one.param_groups[0]["params"]
+        assert parameter.numel() == 0
+        assert parameter.grad is None

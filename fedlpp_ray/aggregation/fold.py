@@ -8,9 +8,10 @@ for a layer's factors as long as those of the whole cohort are smaller than the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from fedlpp_ray.aggregation.exact import ExactMean, Parts
 from fedlpp_ray.aggregation.methods.base import Return, Target
@@ -79,12 +80,12 @@ class RoundSum:
         self._kept |= other._kept
         self.clients |= other.clients
 
-    def direction(self) -> State:
-        """K - D, float64, of at least one return."""
+    def direction(self) -> Mapping[str, Tensor]:
+        """K - D, float64, of at least one return; a mean is computed when it is asked for."""
         if self.plan.method.direction is not None:
             returns = [self._kept[client] for client in sorted(self._kept)]
             return self.plan.method.direction(returns, self.plan.broadcast)
-        return self._means["mean" if "mean" in self._means else "idle"].values()
+        return _Lazily(self.plan.schema, self._means["mean" if "mean" in self._means else "idle"])
 
     def next_state(
         self,
@@ -233,3 +234,19 @@ class RoundSum:
             update = {name: tensors[f"{client}/{name}"] for name in self._names}
             other._kept[client] = Return(received(client), update, weight)
         self.merge(other)
+
+
+class _Lazily(Mapping[str, Tensor]):
+    """The values of a mean, none of which is kept."""
+
+    def __init__(self, names: Collection[str], mean: ExactMean) -> None:
+        self._names, self._mean = names, mean
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._mean.value(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

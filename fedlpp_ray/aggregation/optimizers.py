@@ -23,7 +23,8 @@ from m = 0 and v = tau^2, without bias correction. Where torch's optimisers woul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,33 +37,35 @@ OptimizerName = Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 
 
 class ServerOptimizer:
-    """A torch optimiser that steps from an anchor given anew each time.
+    """A torch optimiser a tensor, which steps from an anchor given anew each time.
 
     None of the optimisers looks at where it stands, so each step starts from 0 in float64 and is
-    added to the anchor: fedavg has the bits of anchor + lr * direction.
+    added to the anchor: fedavg has the bits of anchor + lr * direction. Between steps only their
+    memory takes any.
 
     Args:
-        parameters: Float64 zeros by name.
-        optimizer: The optimiser of these parameters, its state filled in from the start.
+        optimizers: By name, each of one float64 parameter, its state filled in from the start.
     """
 
-    def __init__(self, parameters: State, optimizer: Optimizer) -> None:
-        self._parameters = parameters
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+        self._optimizers = optimizers
 
-    def step(self, anchor: State, direction: State) -> State:
-        """anchor + step, computed in float64 and rounded once to fp32; the arguments are unchanged.
+    def step(self, name: str, anchor: Tensor, direction: Tensor) -> Tensor:
+        """anchor + step of one tensor, computed in float64 and rounded once to fp32.
 
         Args:
+            name: Which. The moments of a tensor that is not stepped do not age.
             anchor: Where to step from.
-            direction: Where to go, e.g. K - D: the negative of the pseudo-gradient. A tensor that
-                it lacks is not in the result, and its moments do not age.
+            direction: Where to go, e.g. K - D: the negative of the pseudo-gradient.
         """
-        for name, parameter in self._parameters.items():
-            parameter.zero_()
-            parameter.grad = -direction[name].double() if name in direction else None
-        self._optimizer.step()
-        return {name: (anchor[name] + self._parameters[name]).float() for name in direction}
+        parameter = _parameter(self._optimizers[name])
+        parameter.data = torch.zeros(direction.shape, dtype=torch.float64)
+        parameter.grad = -direction.double()
+        self._optimizers[name].step()
+        after = (anchor + parameter).float()
+        parameter.grad = None
+        parameter.data = parameter.new_empty(0)
+        return after
 
     def state_dict(self) -> State:
         """A copy of the optimiser's memory as flat tensors, e.g. "exp_avg/NAME", for safetensors.
@@ -86,8 +89,8 @@ class ServerOptimizer:
     def _memory(self) -> State:
         return {
             f"{key}/{name}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state[parameter].items()
+            for name, optimizer in self._optimizers.items()
+            for key, value in optimizer.state[_parameter(optimizer)].items()
         }
 
 
@@ -115,28 +118,40 @@ def make_optimizer(
     Raises:
         KeyError: no optimiser of this name (the configuration has checked it).
     """
-    parameters = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in schema.items()}
-    values = list(parameters.values())
-    optimizer: Optimizer
+    betas = beta1, beta2
+    make: Callable[[list[Tensor]], Optimizer]
     match name:
         case "fedavg":
-            optimizer = SGD(values, lr=lr)
+            make, memory = partial(SGD, lr=lr), {}
         case "fedavgm":
-            optimizer = SGD(values, lr=lr, momentum=momentum)
-            _remember(optimizer, momentum_buffer=0.0)
+            make, memory = partial(SGD, lr=lr, momentum=momentum), {"momentum_buffer": 0.0}
         case "fedadagrad":
-            optimizer = Adagrad(values, lr=lr, initial_accumulator_value=tau**2, eps=tau)
+            make, memory = partial(Adagrad, lr=lr, initial_accumulator_value=tau**2, eps=tau), {}
         case "fedadam":
-            optimizer = Adam(values, lr=lr, betas=(beta1, beta2), eps=tau)
-            _remember(optimizer, exp_avg=0.0, exp_avg_sq=tau**2)
-            for value in values:
-                optimizer.state[value]["step"] = torch.tensor(math.inf)
+            make = partial(Adam, lr=lr, betas=betas, eps=tau)
+            memory = {"exp_avg": 0.0, "exp_avg_sq": tau**2}
         case "fedyogi":
-            optimizer = Yogi(values, lr=lr, betas=(beta1, beta2), eps=tau)
-            _remember(optimizer, exp_avg=0.0, exp_avg_sq=tau**2)
+            make = partial(Yogi, lr=lr, betas=betas, eps=tau)
+            memory = {"exp_avg": 0.0, "exp_avg_sq": tau**2}
         case _:
             raise KeyError(name)
-    return ServerOptimizer(parameters, optimizer)
+    optimizers = {}
+    for key, shape in schema.items():
+        optimizers[key] = optimizer = make([torch.zeros(shape, dtype=torch.float64)])
+        parameter = _parameter(optimizer)
+        state = optimizer.state[parameter]
+        # What torch would fill in with 0, or lacks, at the first step.
+        state.update({k: torch.full_like(parameter, value) for k, value in memory.items()})
+        if name == "fedadam":
+            state["step"] = torch.tensor(math.inf)
+        parameter.data = parameter.new_empty(0)
+    return ServerOptimizer(optimizers)
+
+
+def _parameter(optimizer: Optimizer) -> Tensor:
+    """The one that it has."""
+    parameter: Tensor = optimizer.param_groups[0]["params"][0]
+    return parameter
 
 
 class Yogi(Optimizer):
@@ -163,11 +178,3 @@ class Yogi(Optimizer):
                 first.lerp_(parameter.grad, 1 - beta1)
                 second.addcmul_(square, (second - square).sign(), value=beta2 - 1)
                 parameter.addcdiv_(first, second.sqrt().add_(group["eps"]), value=-group["lr"])
-
-
-def _remember(optimizer: Optimizer, **values: float) -> None:
-    """Fill in the state of every parameter, which torch would otherwise do with 0 at first use."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        optimizer.state[parameter].update(
-            {key: torch.full_like(parameter, value) for key, value in values.items()}
-        )

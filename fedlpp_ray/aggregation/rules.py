@@ -9,7 +9,7 @@ full precision and moves by what the clients learned, as algorithm MC of Philipp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -45,7 +45,11 @@ def pull(state: Tensor, broadcast: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
 
 
 def next_state(
-    rule: str, state: State, broadcast: State, mean: State, optimizer: ServerOptimizer
+    rule: str,
+    state: State,
+    broadcast: State,
+    mean: Mapping[str, Tensor],
+    optimizer: ServerOptimizer,
 ) -> State:
     """The next S, computed in float64 and rounded once to fp32.
 
@@ -60,9 +64,8 @@ def next_state(
     Raises:
         KeyError: no rule of this name (the configuration has checked it).
     """
-    anchor, direction = {}, {}
-    for name, returned in mean.items():
-        anchor[name], direction[name] = RULES[rule](
-            state[name].double(), broadcast[name].double(), returned
-        )
-    return {**state, **optimizer.step(anchor, direction)}
+    after = dict(state)
+    for name in mean:  # one at a time: in float64 all of them would take twice the memory of S
+        anchor, direction = RULES[rule](state[name].double(), broadcast[name].double(), mean[name])
+        after[name] = optimizer.step(name, anchor, direction)
+    return after

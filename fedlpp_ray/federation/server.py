@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from fedlpp_ray.aggregation import find_method, make_optimizer
 from fedlpp_ray.aggregation.products import truncate
@@ -217,7 +218,7 @@ class Server:
         return self._aggregator
 
     def _renew_variates(
-        self, round: int, clients: Collection[int], mean: State, received: State
+        self, round: int, clients: Collection[int], mean: Mapping[str, Tensor], received: State
     ) -> None:
         """SCAFFOLD's c, from K - D and what the clients whose updates were accepted had of c."""
         experiment = self._experiment

@@ -225,7 +225,7 @@ class Scaffold:
 
 
 def next_server_variate(
-    variate: State, received: State, mean: State, *, share: float, travelled: float
+    variate: State, received: State, mean: Mapping[str, Tensor], *, share: float, travelled: float
 ) -> State:
     """SCAFFOLD's c <- c + sum_i p_i (c_i_new - c_i), summed over the cohort.
 

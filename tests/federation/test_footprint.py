@@ -174,8 +174,8 @@ def test_folding_counts_what_a_server_holds(tiny_experiment: Experiment) -> None
     server = Server(adam)
     numbers = sum(tensor.numel() for tensor in server._state.values())
     folding = estimate(adam, "server").folding
-    # The head has three classes, the estimate two. Sum, update, gradient, step and two moments.
-    assert folding == pytest.approx((16 + 8 + 8 + 8 + 16) * numbers, rel=0.05)
+    # The head has three classes, the estimate two. Sum, update and two moments.
+    assert folding == pytest.approx((16 + 8 + 16) * numbers, rel=0.05)
     assert estimate(tiny_experiment, "server").folding < folding
     assert estimate(adam, "client").folding == 0
 
