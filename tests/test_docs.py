@@ -14,6 +14,7 @@ from fedlpp_ray.config import Experiment, dump_experiment
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@pytest.mark.slow
 def test_the_example_of_ones_own_method_runs_in_a_search(
     tmp_path: Path,
     tiny_experiment: Experiment,

@@ -1,4 +1,4 @@
-"""The same run in Ray actors: the same bits, the right places, nothing left behind."""
+"""Ray actors: in the right places, on what a cluster can give, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
@@ -28,6 +27,7 @@ from fedlpp_ray.runtime import (
 )
 from fedlpp_ray.runtime.trial import trial_resources
 from tests.federation.test_loop import numbers
+from tests.runtime.test_rounds import LASTING
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,56 +36,10 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def run_in_ray(experiment: Experiment) -> tuple[list[dict[str, object]], Any]:
-    with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:
-        federation = Federation(experiment, backend)
-        hosts = {len(backend.pool.slots) for _ in federation.run()}
-        return numbers(federation.history), (backend.measure_floor(), hosts)
-
-
-STATEFUL = {
-    "server.aggregation": "flexlora",
-    "lora.client_ranks": [2, 4],
-    "uplink.bits": 4,
-    "uplink.error_feedback": True,
-    "downlink.rounding": "stochastic",
-}
-
-
-LASTING = {"downlink.every": 3, "downlink.rotate": True, "federation.rounds": 4}
-MASKED = {"downlink.server_mask": 0.2, "downlink.client_mask": 0.3, "downlink.bits": 4}
-EMULATED = {
-    "adapter.kind": "prompt",
-    "adapter.tokens": 4,
-    "emulator.kind": "shared-layer",
-    "emulator.steps": 2,
-    "server.examples": 40,
-}
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{}, STATEFUL, LASTING, MASKED, EMULATED],
-    ids=["default", "ranks and memories", "broadcasts that last", "masks", "emulator"],
-)
-def test_one_and_three_actors_give_the_bits_of_one_process(
-    tiny_experiment: Experiment, values: dict[str, object]
-) -> None:
-    tiny_experiment = tiny_experiment.with_values(values)
-    in_process = InProcess(tiny_experiment)
-    federation = Federation(tiny_experiment, in_process)
-    expected = numbers(list(federation.run()))
-    floor = in_process.measure_floor()
-    for actors in (1, 3):
-        experiment = tiny_experiment.with_values({"runtime.client_actors": actors})
-        history, (found, hosts) = run_in_ray(experiment)
-        assert hosts == {actors}
-        assert history == expected
-        assert found == floor
-
-
 def test_no_actor_and_no_reservation_is_left(tiny_experiment: Experiment) -> None:
-    run_in_ray(tiny_experiment.with_values({"federation.rounds": 1}))
+    experiment = tiny_experiment.with_values({"federation.rounds": 1})
+    with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:
+        list(Federation(experiment, backend).run())
     for _ in range(50):
         actors = ray._private.state.actors().values()
         alive = [actor for actor in actors if actor["State"] != "DEAD"]
@@ -107,45 +61,6 @@ def test_each_actor_has_its_own_bundle(tiny_experiment: Experiment) -> None:
         # All that was reserved is taken: one actor a bundle.
         for index in range(3):
             assert free.get(f"CPU_group_{index}_{group.id.hex()}", 0) == 0
-
-
-def test_the_broadcast_is_put_once_a_round(
-    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    puts: list[dict[int, bytes]] = []
-    original = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
-    run_in_ray(tiny_experiment)
-    # One for each of 3 rounds, and one for the state that the last evaluation measures.
-    assert len(puts) == tiny_experiment.federation.rounds + 1
-    assert all(list(map(type, value.values())) == [bytes] for value in puts)
-
-
-def test_a_broadcast_that_lasts_is_put_once(
-    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    puts: list[dict[int, bytes]] = []
-    original = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
-    run_in_ray(tiny_experiment.with_values(LASTING))
-    assert len(puts) == 2  # of rounds 1 and 4
-
-
-def test_a_client_is_sent_its_own_edition_alone(
-    tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[tuple[int, list[int]]] = []
-    original = RayBackend._for_client
-
-    def recorded(backend: RayBackend, client: int, made: int, broadcast: Any) -> Any:
-        message = original(backend, client, made, broadcast)
-        sent.append((client, list(message)))
-        return message
-
-    monkeypatch.setattr(RayBackend, "_for_client", recorded)
-    run_in_ray(tiny_experiment.with_values(MASKED | {"federation.rounds": 2}))
-    assert len(sent) == 2 * 4
-    assert all(keys == [client] for client, keys in sent)
 
 
 def test_actors_go_on_with_a_broadcast_that_lasts(
@@ -283,7 +198,9 @@ def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> Non
         RayBackend(experiment, group)
 
 
-@pytest.mark.parametrize("method", ["centralised", "local-only"])
+@pytest.mark.parametrize(
+    "method", ["centralised", pytest.param("local-only", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_no_federation_is_one_actor(
     tiny_experiment: Experiment, tmp_path: Path, method: str
 ) -> None:

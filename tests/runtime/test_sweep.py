@@ -129,6 +129,7 @@ tune_config = tune.TuneConfig(num_samples=2, search_alg=Chooser("server/accuracy
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_invalid_choice_of_a_searcher_costs_only_itself(space_file: Path) -> None:
     space_file.write_text(SEARCHED)

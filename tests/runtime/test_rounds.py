@@ -1,0 +1,133 @@
+"""Rounds in Ray: the bits of one process whatever the number of actors, and what is sent to whom.
+
+One run after the other has the same actors, as the trials of a sweep do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+import ray
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation import Federation
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.records import Floor
+from fedlpp_ray.runtime import RayBackend, connect, reserve
+from tests.federation.test_loop import numbers
+
+STATEFUL = {
+    "server.aggregation": "flexlora",
+    "lora.client_ranks": [2, 4],
+    "uplink.bits": 4,
+    "uplink.error_feedback": True,
+    "downlink.rounding": "stochastic",
+}
+
+
+LASTING = {"downlink.every": 3, "downlink.rotate": True, "federation.rounds": 4}
+MASKED = {"downlink.server_mask": 0.2, "downlink.client_mask": 0.3, "downlink.bits": 4}
+EMULATED = {
+    "adapter.kind": "prompt",
+    "adapter.tokens": 4,
+    "emulator.kind": "shared-layer",
+    "emulator.steps": 2,
+    "server.examples": 40,
+}
+
+
+Numbers = list[dict[str, object]]
+KINDS: dict[str, dict[str, object]] = {
+    "default": {},
+    "ranks and memories": STATEFUL,
+    "broadcasts that last": LASTING,
+    "masks": MASKED,
+    "emulator": EMULATED,
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_experiment: Experiment) -> Callable[[str], tuple[Numbers, Floor]]:
+    """Of a kind: what one process makes of it."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[Numbers, Floor]:
+        experiment = tiny_experiment.with_values(KINDS[kind])
+        backend = InProcess(experiment)
+        return numbers(list(Federation(experiment, backend).run())), backend.measure_floor()
+
+    return run
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def actors(request: pytest.FixtureRequest, tiny_experiment: Experiment) -> Iterator[RayBackend]:
+    experiment = tiny_experiment.with_values({"runtime.client_actors": request.param})
+    with (
+        connect(),
+        reserve(experiment) as group,
+        closing(RayBackend(experiment, group)) as backend,
+    ):
+        assert len(backend.pool.slots) == request.param
+        yield backend
+
+
+def run(experiment: Experiment, actors: RayBackend) -> Numbers:
+    own = experiment.with_values({"runtime.client_actors": len(actors.pool.slots)})
+    assert actors.begin(own)
+    federation = Federation(own, actors)
+    list(federation.run())
+    return numbers(federation.history)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_and_three_actors_give_the_bits_of_one_process(
+    tiny_experiment: Experiment,
+    actors: RayBackend,
+    expected: Callable[[str], tuple[Numbers, Floor]],
+    kind: str,
+) -> None:
+    found = run(tiny_experiment.with_values(KINDS[kind]), actors)
+    assert (found, actors.measure_floor()) == expected(kind)
+
+
+def test_the_broadcast_is_put_once_a_round(
+    tiny_experiment: Experiment, actors: RayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[dict[int, bytes]] = []
+    original = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
+    run(tiny_experiment, actors)
+    # One for each of 3 rounds, and one for the state that the last evaluation measures.
+    assert len(puts) == tiny_experiment.federation.rounds + 1
+    assert all(list(map(type, value.values())) == [bytes] for value in puts)
+
+
+def test_a_broadcast_that_lasts_is_put_once(
+    tiny_experiment: Experiment, actors: RayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[dict[int, bytes]] = []
+    original = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
+    run(tiny_experiment.with_values(LASTING), actors)
+    assert len(puts) == 2  # of rounds 1 and 4
+
+
+def test_a_client_is_sent_its_own_edition_alone(
+    tiny_experiment: Experiment, actors: RayBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, list[int]]] = []
+    original = RayBackend._for_client
+
+    def recorded(backend: RayBackend, client: int, made: int, broadcast: Any) -> Any:
+        message = original(backend, client, made, broadcast)
+        sent.append((client, list(message)))
+        return message
+
+    monkeypatch.setattr(RayBackend, "_for_client", recorded)
+    run(tiny_experiment.with_values(MASKED | {"federation.rounds": 2}), actors)
+    assert len(sent) == 2 * 4
+    assert all(keys == [client] for client, keys in sent)
