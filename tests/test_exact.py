@@ -70,6 +70,29 @@ def test_a_sum_is_that_of_rationals(rows: list[list[float]], weight: float) -> N
         assert abs(Fraction(found) - exact) <= tolerance
 
 
+def test_tensors_of_any_size_are_summed_as_each_would_be_alone() -> None:
+    """They lie end to end and are worked at in runs of 2^15 elements."""
+    schema = {"a": (), "b": (0,), "c": (40000,), "d": (3,), "e": (2, 32768), "f": (5, 1)}
+    terms = [
+        {
+            name: torch.randn(shape, generator=torch.Generator().manual_seed(10 * i + len(shape)))
+            for name, shape in sorted(schema.items(), reverse=i % 2 == 1)
+        }
+        for i in range(6)
+    ]
+    whole, half = ExactSum(schema, TERMS), ExactSum(schema, TERMS)
+    for i, term in enumerate(terms):
+        (whole if i < 4 else half).add(term, 0.1 * i)
+    whole.merge(half)
+    for name, shape in schema.items():
+        alone = ExactSum({name: shape}, TERMS)
+        for i, term in enumerate(terms):
+            alone.add({name: term[name]}, 0.1 * i)
+        assert torch.equal(whole.value(name), alone.value(name))
+        for key, limb in alone.tensors().items():
+            assert torch.equal(limb, whole.tensors()[key])
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(

@@ -425,3 +425,17 @@ def test_a_return_that_cannot_be_added_changes_nothing() -> None:
             total.merge(total)
         assert state_digest(total.tensors()) == before
         assert total.clients == {0}
+
+
+def test_a_return_whose_products_alone_are_too_large_changes_nothing() -> None:
+    start = random_state(0)
+    plan = Plan(find_method("flexlora"), schema_of(start), start, "residual", 1.0, 1000)
+    total = RoundSum(plan)
+    assert plan.summed()
+    total.add(0, Return(start, random_state(1), 1.0))
+    before = {name: tensor.clone() for name, tensor in total.tensors().items()}
+    huge = {name: 1e7 * tensor for name, tensor in random_state(2).items()}
+    with pytest.raises(OverflowError):
+        total.add(1, Return(start, huge, 1.0))
+    assert total.clients == {0}
+    assert state_digest(total.tensors()) == state_digest(before)

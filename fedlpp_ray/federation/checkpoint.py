@@ -49,10 +49,10 @@ def restore(federation: Federation, folder: Path) -> None:
         CheckpointError: another version of the format wrote it, or it does not fit.
         ConfigError: it is of another experiment; the message names the difference.
     """
-    files = read_folder(folder, without=CLIENTS)
+    files, kept = read_folder(folder, without=CLIENTS), read_stored(folder, CLIENTS)
     check_same(load_experiment(folder / EXPERIMENT), federation.experiment, str(folder))
     try:
-        federation.restore(_snapshot(files, read_stored(folder, CLIENTS)))
+        federation.restore(_snapshot(files, kept))
     except ValueError as error:
         reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
         raise CheckpointError(f"{folder}: {reason}") from error

@@ -48,10 +48,10 @@ class Footprint:
         process: The process itself, `PROCESS`.
         loading: W0 in fp32, in host memory, as it is read. On the CPU its pages stay mapped: they
             count in every process, but processes of one node share them.
-        shared: What processes of one node map from one file too: packed or dequantized layers, but
-            for bitsandbytes' formats and an emulator; and with client.compute 'bf16' the copy in
-            bf16 of all that is frozen and not packed. 0 on a GPU.
-        weights: What the base has beside these pages, of its own: quantized layers that are not
+        shared: What processes of one node map from one file too: packed or dequantized layers, and
+            with client.compute 'bf16' the copy in bf16 of all that is frozen and not packed. 0 on a
+            GPU, of bitsandbytes' formats and of an emulator.
+        weights: What the base has beside these pages, of its own: the same where it is not
             `shared`; on a GPU all that is moved there, in the base's format.
         trained: Of t trained numbers in fp32: themselves, gradients, the optimizer's moments (two
             of adamw, one of momentum), and copies as states. With residuals, they are state too.
@@ -156,14 +156,14 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     maps = config.base_format == "packed" and experiment.emulator.kind == "none" and not on_gpu
     half = trains and experiment.client.compute == "bf16"
     merged = max(unpacked, _adapted_bytes(model, config))
-    shared = stored if maps else 0
-    if half and not on_gpu:  # of what is frozen, packed layers excepted
-        shared += (_frozen_bytes(model) - dense + stored * config.dequantize_at_load) // 2
+    made = stored
+    if half:  # of what is frozen, packed layers excepted
+        made += (_frozen_bytes(model) - dense + stored * config.dequantize_at_load) // 2
     return Footprint(
         process=PROCESS,
         loading=loading,
-        shared=shared,
-        weights=moved if on_gpu else 0 if maps else stored,
+        shared=made if maps else 0,
+        weights=moved if on_gpu else 0 if maps else made,
         trained=_trained(model, experiment, trains=trains),
         folding=0 if trains else folding_bytes(model, experiment),
         training=training,

@@ -44,4 +44,4 @@ class OuterLayers(nn.Module):
 
         layers.N.* belongs to the N-th layer of the model, base_model.* to the model.
         """
-        safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -103,7 +103,7 @@ class Prompted(nn.Module):
             inference_mode=True,
         )
         config.save_pretrained(str(folder))
-        safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 class _Vocabulary(nn.Module):

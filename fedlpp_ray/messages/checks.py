@@ -161,7 +161,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_norm(state: Mapping[str, Tensor], limit: float) -> None:
-    """Refuse a state whose L2 norm over all tensors is above `limit`.
+    """Refuse a state of floating-point tensors whose L2 norm over all of them is above `limit`.
 
     Raises:
         MessageError: naming the norm and the limit.

@@ -59,7 +59,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _sizes(rows: int) -> list[int]:
-    """Powers of two that sum to `rows`, the last one being what is left below `STEPPED`.
+    """Powers of two that sum to `rows`, the last one being what is left, at most `STEPPED`.
 
     oneDNN keeps the code that it makes for a shape: 3.4 GB after two layers of 384 x 1536, forward
     and backward, had seen 1000 numbers of rows. Texts come in every length, so it gets few numbers.

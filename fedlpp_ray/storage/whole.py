@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.storage.stored import StoredBytes
-
-Found = TypeVar("Found", bytes, StoredBytes)
+from fedlpp_ray.storage.stored import StoredBytes, sha256_of
 
 FORMAT = 1
 """Version of what a checkpoint holds and how; raised when that changes."""
@@ -73,34 +72,49 @@ def read_folder(folder: Path, without: str = "") -> dict[str, bytes]:
     """
     listed = _manifest(folder).items()
     wanted = [each for each in listed if not (without and each[0].startswith(f"{without}/"))]
-    return {name: _checked(folder, name, Path.read_bytes, entry) for name, entry in wanted}
+    files = {}
+    for name, entry in wanted:
+        with _damaged(folder, name):
+            files[name] = content = (folder / name).read_bytes()
+        _compare(folder, name, _entry(content), entry)
+    return files
 
 
 def read_stored(folder: Path, inside: str) -> dict[str, StoredBytes]:
-    """The files of one folder in it, as `read_folder`, but for their bytes in memory."""
-    listed = _manifest(folder).items()
-    wanted = [each for each in listed if each[0].startswith(f"{inside}/")]
-    return {name: _checked(folder, name, StoredBytes, entry) for name, entry in wanted}
+    """The files of one folder in it, as `read_folder`, but for their bytes in memory.
+
+    Raises:
+        UserError: they cannot be stored; the checkpoint may be whole.
+    """
+    names = [name for name in _manifest(folder) if name.startswith(f"{inside}/")]
+    check_folder(folder, names)
+    return {name: StoredBytes(folder / name) for name in names}
 
 
-def check_folder(folder: Path) -> None:
-    """Check every byte; raises as `read_folder`."""
-    for name, entry in _manifest(folder).items():
-        _checked(folder, name, StoredBytes, entry)
+def check_folder(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Check every byte, of all files or of some; raises as `read_folder`."""
+    listed = _manifest(folder)
+    for name in listed if names is None else names:
+        with _damaged(folder, name):
+            path = folder / name
+            found = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        _compare(folder, name, found, listed[name])
 
 
-def _checked(folder: Path, name: str, read: Callable[[Path], Found], expected: Any) -> Found:
+@contextmanager
+def _damaged(folder: Path, name: str) -> Iterator[None]:
     try:
-        content = read(folder / name)
+        yield
     except OSError as error:
         raise DamagedError(f"{folder} is damaged: {name}: {error.strerror}") from None
-    entry = _entry(content)
-    if entry["bytes"] != expected["bytes"]:
-        found = f"{entry['bytes']} of {expected['bytes']} bytes"
-        raise DamagedError(f"{folder} is damaged: {name} has {found}")
-    if entry["sha256"] != expected["sha256"]:
+
+
+def _compare(folder: Path, name: str, found: dict[str, Any], expected: Any) -> None:
+    if found["bytes"] != expected["bytes"]:
+        sizes = f"{found['bytes']} of {expected['bytes']} bytes"
+        raise DamagedError(f"{folder} is damaged: {name} has {sizes}")
+    if found["sha256"] != expected["sha256"]:
         raise DamagedError(f"{folder} is damaged: {name} is not what was written (SHA-256)")
-    return content
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,11 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from fedlpp_ray.storage import (
     StoredBytes,
     read_folder,
     read_stored,
+    stored,
     whole,
     write_file,
     write_folder,
@@ -292,6 +297,50 @@ def test_what_a_client_keeps_is_on_the_disk_once_and_goes_when_nothing_needs_it(
     assert elsewhere["clients/3"].read() == b"kept"
     with pytest.raises(DamagedError, match="clients/3 is not what was written"):
         read_stored(tmp_path / "two", "clients")
+
+
+def test_stored_bytes_are_checked_copied_with_pickle_and_refused_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = StoredBytes(b"kept")
+    copied = pickle.loads(pickle.dumps(kept))
+    flip(kept._path)
+    with pytest.raises(UserError, match="is not what was written"):
+        kept.read()
+    assert copied.read() == b"kept"
+    child = os.fork()
+    if not child:  # what is run at its exit must not touch what is its parent's
+        scratch = stored._scratch(os.getppid())
+        scratch.remove(copied._path)
+        scratch._end()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert copied.read() == b"kept"
+    stored._scratch.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="TMPDIR names another folder"):
+        StoredBytes(b"kept")
+
+
+def test_what_a_killed_process_stored_is_removed_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal\n"
+        "from fedlpp_ray.storage import StoredBytes\n"
+        "kept = StoredBytes(b'kept')\n"
+        "print(*os.listdir(os.environ['TMPDIR']), flush=True)\n"
+    )
+    killed, left = "os.kill(os.getpid(), signal.SIGKILL)", []
+    for end in (killed, killed, ""):
+        command = [sys.executable, "-X", "dev", "-c", program + end]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        found = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+        left.append(found.stdout.split())
+        assert "Warning" not in found.stderr
+    assert [len(names) for names in left] == [1, 1, 1]
+    assert len({*left[0], *left[1], *left[2]}) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_what_clients_keep_only_what_is_new_is_written(

@@ -12,7 +12,7 @@ from fedlpp_ray.federation.adapter import AdapterFiles
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.wire import Broadcast
-from fedlpp_ray.lora import add_lora, read_state, save_adapter
+from fedlpp_ray.lora import add_adapter, read_state, save_adapter
 from fedlpp_ray.messages import Envelope, MessageError, encode
 from fedlpp_ray.models import load_classifier
 
@@ -43,12 +43,20 @@ def test_the_next_client_has_its_own_broadcast_whatever_the_last_one_had(
     assert found == [payload(experiment, broadcast, number) for number, broadcast in calls]
 
 
-def test_adapter_files_are_those_that_peft_writes(
-    tiny_experiment: Experiment, tmp_path: Path
+ADAPTERS: dict[str, dict[str, object]] = {
+    "lora": {},
+    "prompt": {"adapter.tokens": 3},
+    "layers": {"adapter.outer": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapter_files_are_those_that_are_saved(
+    tiny_experiment: Experiment, tmp_path: Path, kind: str
 ) -> None:
-    model = add_lora(
-        load_classifier(tiny_experiment.model, 3, pad=0, seed=0), tiny_experiment.lora, 0
-    )
+    config = tiny_experiment.with_values(ADAPTERS[kind] | {"adapter.kind": kind})
+    base = load_classifier(config.model, 3, pad=0, seed=0)
+    model = add_adapter(base, config.adapter, config.lora, 0)
     files, state = AdapterFiles(model), read_state(model)
     files.of(state)  # what it keeps is of another state than what it is asked for next
     for parameter in model.parameters():

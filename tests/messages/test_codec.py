@@ -94,10 +94,11 @@ def test_encoding_leaves_the_state_alone_and_refuses_what_is_not_finite() -> Non
     before = {name: tensor.clone() for name, tensor in state.items()}
     encode(BROADCAST, state, Codec(Quantizer("ternary")))
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    state["t0"][0, 0] = math.nan
-    for codec in (Codec(None), Codec(Quantizer(4))):
-        with pytest.raises(ValueError, match="NaN"):
-            encode(BROADCAST, state, codec)
+    for value in (math.nan, math.inf, -math.inf):
+        state["t0"][0, 0] = value
+        for codec in (Codec(None), Codec(Quantizer(4))):
+            with pytest.raises(ValueError, match="t0: holds NaN or infinity"):
+                encode(BROADCAST, state, codec)
 
 
 def test_tensor_bytes_are_those_counted_by_hand() -> None:

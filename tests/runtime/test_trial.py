@@ -25,18 +25,22 @@ from fedlpp_ray.storage import DamagedError
 def test_a_torn_checkpoint_of_a_trial_is_passed_over(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
-    backend = in_process(tiny_experiment)
-    federation = Federation(tiny_experiment, backend)
+    values = {"uplink.bits": 4, "uplink.error_feedback": True}  # clients keep something
+    experiment = tiny_experiment.with_values(values)
+    backend = in_process(experiment)
+    federation = Federation(experiment, backend)
     folders = [tmp_path / f"checkpoint_{i:06d}" for i in range(3)]
     for folder, _ in zip(folders, federation.run(), strict=True):
         folder.mkdir()
         checkpoint.save(federation, folder)
     newest = tune.Checkpoint(str(folders[1]))  # as far as Tune knows; the third was not reported
-    for expected in (2, 1):
-        restored = Federation(tiny_experiment, backend)
+    for expected, torn in ((2, "clients/*"), (1, "adapter/adapter_model.safetensors")):
+        restored = Federation(experiment, backend)
         trial.restore_newest(restored, newest)
         assert len(restored.history) == expected
-        os.truncate(folders[expected - 1] / "adapter" / "adapter_model.safetensors", 100)
+        (first, *_) = sorted(folders[expected - 1].glob(torn))
+        first.unlink()  # other checkpoints have the same file
+        first.write_bytes(b"torn")
     with pytest.raises(DamagedError, match="none of its checkpoints is whole"):
         trial.restore_newest(restored, newest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlpp_ray import cache
-from fedlpp_ray.config import ClientConfig, Experiment, GenerationConfig, LoraConfig
+from fedlpp_ray.config import (
+    ClientConfig,
+    Experiment,
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+)
 from fedlpp_ray.lora import (
     ModelState,
     add_lora,
@@ -26,7 +33,7 @@ from fedlpp_ray.lora import (
     trainable,
     write_state,
 )
-from fedlpp_ray.models import PackedLinear, quantize_base
+from fedlpp_ray.models import Base, PackedLinear, quantize_base, share_base
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import State, part
 from fedlpp_ray.tasks import IGNORED, Encoded, collate, epoch_order
@@ -314,27 +321,26 @@ def test_bf16_trains_fp32_parameters_close_to_fp32_and_the_same_twice(
     assert same(states[1], states[2])
 
 
-@pytest.mark.parametrize("base", list(BASES))
-def test_processes_share_one_copy_in_bf16(
-    folders: dict[str, Path], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_processes_share_one_copy_in_bf16_of_a_shared_base(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDLPP_RAY_CACHE", str(tmp_path))
-    model = adapted(folders[BERT], base)
-    rounded = {n: p.detach().bfloat16() for n, p in model.named_parameters() if not p.requires_grad}
-    floating = {n for n, p in model.named_parameters() if p.is_floating_point()}
-    for _ in range(2):
-        half = store_in_bf16(adapted(folders[BERT], base))
-        ranges = cache.mapped_ranges()
-        for name, parameter in half.named_parameters():
-            if name in rounded.keys() & floating:
+    files = []
+    for bits, seed in ((32, 0), (32, 1), (4, 0)):
+        base = Base(ModelConfig(name=str(folders[BERT])), 3, pad=0, seed=seed)
+        config = ClientConfig(base_bits=bits)
+        model = add_lora(share_base(base, config), LoraConfig(rank=2), seed)
+        rounded = {n: p.detach().bfloat16() for n, p in model.named_parameters()}
+        store_in_bf16(model)
+        ranges, mapped = cache.mapped_ranges(), 0
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
                 assert torch.equal(parameter, rounded[name])
-                assert any(first <= parameter.data_ptr() < last for first, last in ranges)
-    other = adapted(folders[BERT], base)
-    name = next(n for n, p in other.named_parameters() if n in rounded.keys() & floating)
-    other.get_parameter(name).data += 1  # other weights, so another copy
-    assert torch.equal(
-        store_in_bf16(other).get_parameter(name), (model.get_parameter(name) + 1).bfloat16()
-    )
+                mapped += any(first <= parameter.data_ptr() < last for first, last in ranges)
+        assert mapped > 5
+        files.append(len(list(tmp_path.glob("halves/*.safetensors"))))
+    assert files == [1, 1, 2]  # what a seed draws, the head, is not in it
+    store_in_bf16(copy.deepcopy(adapted(folders[BERT])))  # of this process alone
     assert len(list(tmp_path.glob("halves/*.safetensors"))) == 2
 
 
