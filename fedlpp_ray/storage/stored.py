@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedlpp_ray.errors import UserError
 
-_PREFIX, _LOCK = "fedlpp_ray-", "lock"
+_PREFIX, _LOCK = "fedlpp_ray-stored-", "lock"
 
 
 class StoredBytes:
@@ -116,7 +116,7 @@ def _scratch(process: int) -> _Scratch:
 
 
 def _remove_left(folder: Path) -> None:
-    with suppress(OSError), (folder / _LOCK).open("w") as file:
+    with suppress(OSError), (folder / _LOCK).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
         shutil.rmtree(folder)
 
