@@ -6,61 +6,23 @@ Offline and without credentials. Whether AWS agrees is for a real launch to say 
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aws_checks import CHECKS, ClusterFile, Config, load, placeholders
+from aws_checks import CHECKS
+from cluster_file import ClusterFile, load, placeholders
+from mutations import Mutation, drop, edit, put
 from ray.autoscaler._private.util import prepare_config
 
 PATH = Path(__file__).parents[2] / "cluster" / "aws.yaml"
 PINS = "ray==2.60.0\ntorch==2.13.0\n"
-Mutation = Callable[[Config], None]
 BY_NAME = {check.__name__.removeprefix("check_"): check for check in CHECKS}
 
 
 @pytest.fixture
 def shipped() -> ClusterFile:
     return load(PATH)
-
-
-def put(path: str, value: Any) -> Mutation:
-    """Set the value at a path of keys and positions parted by spaces."""
-
-    def mutate(config: Config) -> None:
-        *parents, last = [int(k) if k.isdigit() else k for k in path.split()]
-        node: Any = config
-        for key in parents:
-            node = node[key]
-        node[last] = value
-
-    return mutate
-
-
-def drop(path: str) -> Mutation:
-    """Take out the key at a path."""
-
-    def mutate(config: Config) -> None:
-        *parents, last = path.split()
-        node: Any = config
-        for key in parents:
-            node = node[key]
-        del node[last]
-
-    return mutate
-
-
-def edit(commands: str, old: str, new: str) -> Mutation:
-    """Replace a text that must occur in a list of commands."""
-
-    def mutate(config: Config) -> None:
-        before = config[commands]
-        config[commands] = [c.replace(old, new) for c in before]
-        assert config[commands] != before, f"{old!r} is not in {commands}"
-
-    return mutate
 
 
 TYPES = "available_node_types"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aws_checks import ClusterFile, Config, load
+from cluster_file import ClusterFile, Config, load
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.providers import _get_node_provider
 
