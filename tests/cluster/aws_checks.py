@@ -25,6 +25,7 @@ from cluster_file import (
     check_shell,
     check_token,
     check_versions,
+    check_watcher,
     check_worker_limits,
     ray_start,
     strings,
@@ -197,5 +198,6 @@ CHECKS: tuple[Callable[[ClusterFile], list[str]], ...] = (
     check_versions,
     check_mounts,
     check_mlflow,
+    check_watcher,
     check_shell,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray.autoscaler
 import yaml
+from click import ClickException
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -100,7 +101,7 @@ def check_schema(file: ClusterFile) -> list[str]:
     """Ray itself accepts the file."""
     try:
         validate_config(prepare_config(json.loads(json.dumps(file.config))))
-    except (ValidationError, ValueError, KeyError, RuntimeError) as error:
+    except (ValidationError, ValueError, KeyError, RuntimeError, ClickException) as error:
         return [f"Ray rejects the file: {str(error).splitlines()[0]}"]
     return []
 
@@ -201,6 +202,27 @@ def check_mlflow(file: ClusterFile) -> list[str]:
     if not any("systemctl stop fedlpp-mlflow" in c for c in commands[: commands.index(server)]):
         problems.append("a second `ray up` finds the unit's name taken")
     return problems
+
+
+def check_watcher(file: ClusterFile) -> list[str]:
+    """Every worker passes a spot notice of its own cloud on to Ray, after Ray has started."""
+    commands = file.commands("worker_start_ray_commands")
+    cloud = file.config["provider"]["type"]
+    unit = next((c for c in commands if "spot_watcher.py" in c), "")
+    if not unit:
+        return ["nobody hears of a spot interruption"]
+    problems = []
+    if f"spot_watcher.py {cloud} ray drain-node --address=$RAY_HEAD_IP:6379" not in unit:
+        problems.append("the watcher asks another cloud, or drains nothing")
+    wanted = ("systemd-run", "--collect", "Restart=on-failure", "RAY_AUTH_MODE=token")
+    problems += [f"watcher: no {part}" for part in wanted if part not in unit]
+    before = commands[: commands.index(unit)]
+    if not any("ray start" in command for command in before):
+        problems.append("the watcher starts before Ray")
+    if not any("systemctl stop fedlpp-spot-watcher" in command for command in before):
+        problems.append("a second `ray up` finds the unit's name taken")
+    script = file.config.get("file_mounts", {}).get("~/fedlpp/spot_watcher.py")
+    return problems if script == "cluster/spot_watcher.py" else [*problems, "it is not mounted"]
 
 
 def check_shell(file: ClusterFile) -> list[str]:

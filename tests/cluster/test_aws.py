@@ -28,7 +28,7 @@ def shipped() -> ClusterFile:
 TYPES = "available_node_types"
 HEAD, SPOT, ON_DEMAND = (f"{TYPES} {name}" for name in ("head_cpu", "gpu_spot", "gpu_on_demand"))
 DISK = "node_config BlockDeviceMappings 0"
-START = "head_start_ray_commands"
+START, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
 BREAKS: list[tuple[str, Mutation]] = [
     ("schema", put("max_worker", 8)),
     ("schema", put(f"{SPOT} max_nodes", 8)),
@@ -105,6 +105,11 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("mlflow", put("file_mounts ~/mlflow", "mlflow")),
     ("mlflow", edit(START, "--artifacts-destination s3://", "--artifacts-destination ./")),
     ("mlflow", edit(START, "systemctl stop fedlpp-mlflow", "true")),
+    ("watcher", edit(WORKER, "spot_watcher.py aws", "spot_watcher.py gcp")),
+    ("watcher", edit(WORKER, "systemctl stop fedlpp-spot-watcher", "true")),
+    ("watcher", edit(WORKER, "Restart=on-failure", "Restart=no")),
+    ("watcher", edit(WORKER, "spot_watcher.py", "other.py")),
+    ("watcher", drop("file_mounts ~/fedlpp/spot_watcher.py")),
     ("shell", put("setup_commands 0", "for i in 1 2; do echo")),
 ]
 
