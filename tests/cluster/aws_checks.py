@@ -43,6 +43,7 @@ def is_spot(node_type: Config) -> bool:
     return bool(options.get("MarketType") == "spot")
 
 
+@cache
 def run_instances_shape() -> StructureShape:
     """The input of EC2 RunInstances, from the model that botocore ships."""
     loader = Loader([Loader.BUILTIN_DATA_PATH], include_default_search_paths=False)

@@ -55,7 +55,10 @@ def load(path: Path) -> Documents:
 def clusters(documents: Documents) -> dict[str, Document]:
     """The spec of each Ray cluster: of the RayCluster, and of the RayJob."""
     job = documents["RayJob fedlpp-ray-sweep"]["spec"]
-    return {"RayCluster": documents["RayCluster fedlpp-ray"]["spec"], "RayJob": job["rayClusterSpec"]}
+    return {
+        "RayCluster": documents["RayCluster fedlpp-ray"]["spec"],
+        "RayJob": job["rayClusterSpec"],
+    }
 
 
 def groups(documents: Documents) -> Iterator[tuple[str, Document]]:

@@ -108,7 +108,9 @@ def test_the_header_explains_every_placeholder_and_command() -> None:
 
 def test_the_image_holds_all_that_the_entrypoint_runs() -> None:
     root = PATH.parents[1]
-    copied = re.findall(r"^COPY --chown=ray (.+) \S+$", (root / "cluster/Dockerfile").read_text(), re.M)
+    copied = re.findall(
+        r"^COPY --chown=ray (.+) \S+$", (root / "cluster/Dockerfile").read_text(), re.M
+    )
     files = {name for line in copied for name in line.split()}
     assert all((root / name).exists() for name in files)
     assert {"fedlpp_ray", "search_spaces", "configs", "constraints.txt"} <= files

@@ -73,7 +73,8 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
 @pytest.fixture
 def watcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("spot_watcher", SCRIPT)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
@@ -154,9 +155,15 @@ def test_a_notice_that_cannot_be_read_is_asked_for_again(
     metadata: type[Metadata], watcher: ModuleType, tmp_path: Path, text: str
 ) -> None:
     metadata.notice = text
-    answers = iter([watcher.aws_seconds_left, lambda: 60.0])
-    ray = Ray(tmp_path)
-    watcher.watch(lambda: next(answers)(), ray.command)
+    ray, asked = Ray(tmp_path), 0
+
+    def seconds_left() -> float | None:
+        nonlocal asked
+        asked += 1
+        left: float | None = watcher.aws_seconds_left() if asked == 1 else 60.0
+        return left
+
+    watcher.watch(seconds_left, ray.command)
     assert len(ray.calls) == 1
 
 
