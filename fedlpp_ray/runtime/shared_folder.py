@@ -17,8 +17,10 @@ from fedlpp_ray.errors import UserError
 
 ANSWER_SECONDS = 60.0
 NETWORK = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4")
-    + ("ocfs2", "smb3", "wekafs")
+    (
+        *("9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre"),
+        *("nfs", "nfs4", "ocfs2", "smb3", "wekafs"),
+    )
 )
 """File systems that several machines can mount, as /proc/self/mounts names them; and fuse.*."""
 
@@ -30,7 +32,7 @@ class StorageError(UserError):
 def check_shared(storage: str) -> None:
     """Refuse a local folder that the nodes of the connected cluster do not share.
 
-    Every node that can run a trial looks for a file written here. Of nodes that an autoscaler has
+    Every node looks for a file written here. Of nodes that an autoscaler has
     yet to start, only the kind of file system can tell.
 
     Args:
@@ -63,12 +65,12 @@ _ADVICE = (
 
 
 def _other_nodes() -> dict[str, str]:
-    """Nodes besides this one that can run a trial: id to address."""
+    """Nodes besides this one, id to address. A trial's function may be on any: it takes no CPU."""
     here = ray.get_runtime_context().get_node_id()
     return {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != here and node["Resources"].get("CPU", 0) > 0
+        if node["Alive"] and node["NodeID"] != here
     }
 
 

@@ -17,6 +17,14 @@ from fedlpp_ray.runtime.space import load_space
 from fedlpp_ray.runtime.sweep import run_sweep
 from tests.runtime.many_nodes import many_nodes
 
+SPACE = """
+from ray import tune
+
+base = "tiny.yaml"
+param_space = {"lora.rank": tune.grid_search([2, 4])}
+objectives = {"server/accuracy": "max"}
+"""
+
 
 @pytest.fixture
 def grows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -56,8 +64,7 @@ def test_every_node_is_asked_before_a_trial_starts(
     tmp_path: Path, tiny_experiment: Experiment
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_experiment(tiny_experiment, "tiny", "x"))
-    space = "base = 'tiny.yaml'\nparam_space = {}\nobjectives = {'server/accuracy': 'max'}\n"
-    (tmp_path / "space.py").write_text(space)
+    (tmp_path / "space.py").write_text(SPACE)
     with many_nodes() as nodes:
         nodes.add(2)
         with connect():
