@@ -95,7 +95,7 @@ until_ready() {
 }
 
 on "$FIRST" "$BIN/ray" start --head --block --node-ip-address="$HEAD_IP" --port=6379 \
-    --dashboard-host=127.0.0.1 --num-cpus="$CPUS" --num-gpus="$GPUS"
+    --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus="$CPUS" --num-gpus="$GPUS"
 until_ready "the head of Ray" "$BIN/ray" status --address="$ADDRESS"
 if [ "${#NODES[@]}" -gt 1 ]; then
     REST=$(IFS=,; echo "${NODES[*]:1}")

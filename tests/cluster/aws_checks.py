@@ -21,6 +21,7 @@ from cluster_file import (
     check_mlflow,
     check_mounts,
     check_no_defaults,
+    check_reports,
     check_schema,
     check_shell,
     check_token,
@@ -200,5 +201,6 @@ CHECKS: tuple[Callable[[ClusterFile], list[str]], ...] = (
     check_mounts,
     check_mlflow,
     check_watcher,
+    check_reports,
     check_shell,
 )

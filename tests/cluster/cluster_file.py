@@ -119,6 +119,12 @@ def check_no_defaults(file: ClusterFile) -> list[str]:
     return problems + [f"'{mark}' after the merge" for mark in NIGHTLY_MARKS if mark in merged]
 
 
+def check_reports(file: ClusterFile) -> list[str]:
+    """Ray does not report to its makers what runs here."""
+    start = ray_start(file, "head_start_ray_commands")
+    return [] if "--disable-usage-stats" in start else ["Ray's usage reports are on"]
+
+
 def check_worker_limits(file: ClusterFile) -> list[str]:
     """Limits are written out, agree with each other and let the cluster fall to nothing."""
     problems = []

@@ -110,6 +110,7 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("watcher", edit(WORKER, "Restart=on-failure", "Restart=no")),
     ("watcher", edit(WORKER, "spot_watcher.py", "other.py")),
     ("watcher", drop("file_mounts ~/fedlpp/spot_watcher.py")),
+    ("reports", edit(START, "--disable-usage-stats", "")),
     ("shell", put("setup_commands 0", "for i in 1 2; do echo")),
 ]
 

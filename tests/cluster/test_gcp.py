@@ -53,6 +53,7 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("mlflow", edit(START, "--host 127.0.0.1", "--host $(hostname)")),
     ("mlflow", edit(START, "--artifacts-destination gs://", "--artifacts-destination ./")),
     ("watcher", edit(WORKER, "spot_watcher.py gcp", "spot_watcher.py aws")),
+    ("reports", edit(START, "--disable-usage-stats", "")),
     ("shell", put("setup_commands 0", "for i in 1 2; do echo")),
 ]
 DISCOVERED: list[Mutation] = [

@@ -11,6 +11,7 @@ from cluster_file import (
     ClusterFile,
     check_mounts,
     check_no_defaults,
+    check_reports,
     check_schema,
     check_shell,
     check_token,
@@ -65,6 +66,7 @@ CHECKS: dict[str, Callable[[ClusterFile], list[str]]] = {
     "token": check_token,
     "versions": check_versions,
     "mounts": check_mounts,
+    "reports": check_reports,
     "shell": check_shell,
 }
 BREAKS: list[tuple[str, Mutation]] = [
@@ -85,6 +87,7 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("token", edit(WORKER, "RAY_AUTH_MODE=token ", "")),
     ("versions", edit("setup_commands", "-c ~/fedlpp/constraints.txt ", "")),
     ("mounts", put("file_mounts", {"~/fedlpp": "."})),
+    ("reports", edit(START, "--disable-usage-stats", "")),
     ("shell", put("setup_commands 0", "for i in 1 2; do echo")),
 ]
 
