@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedlpp_ray.errors import UserError
+from fedlpp_ray.runtime.growth import growth
 
 ANSWER_SECONDS = 60.0
 NETWORK = frozenset(
@@ -45,7 +46,8 @@ def check_shared(storage: str) -> None:
     if "://" in local:
         return
     folder = Path(local).absolute()
-    others, grows = _other_nodes(), _grows()
+    others, more = _other_nodes(), growth()
+    grows = more is not None and bool(more.kinds)
     if not others and not grows:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +74,6 @@ def _other_nodes() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] != here
     }
-
-
-def _grows() -> bool:
-    """Whether an autoscaler may start more nodes."""
-    state: Any = ray._private.state.state
-    config = state.get_cluster_config()
-    return bool(config) and any(group.max_count for group in config.node_group_configs)
 
 
 def _without(folder: Path, nodes: dict[str, str]) -> str:
