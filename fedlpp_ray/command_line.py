@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,8 +29,17 @@ def run_command(command: Callable[[], int], console: Console) -> int:
         return command()
     except UserError as error:
         reason = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
-        console.print(f"error: {reason}", style="red", markup=False)
+        console.print(f"error: {without_secrets(str(reason))}", style="red", markup=False)
         return BAD_INPUT
+
+
+_USER = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+_VALUE = re.compile(r"(?i)(?<=[?&])([\w.-]*(?:key|secret|password|token|signature)=)[^&\s'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """A text for a person or a log: what a URI in it says of user, password or key is hidden."""
+    return _VALUE.sub(r"\1***", _USER.sub("***", text))
 
 
 class StopSignal:

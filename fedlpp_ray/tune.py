@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedlpp_ray.command_line import check_writable_folder, run_command
+from fedlpp_ray.command_line import check_writable_folder, run_command, without_secrets
 from fedlpp_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     preflight.check(space.experiments())
     uri = options.tracking_uri or default_uri(local)
     tracker = Tracker(uri, space.name, local / "mlartifacts")
-    console.print(f"{space.name}: {space.total} trials, storage {options.storage}")
+    shown = without_secrets(options.storage)
+    console.print(f"{space.name}: {space.total} trials, storage {shown}")
     progress = ProgressCallback(space.total, space.keys)
     log = MlflowCallback(uri, space.name, space.base, space.keys, local / "mlartifacts")
     with connect(space.base.runtime):

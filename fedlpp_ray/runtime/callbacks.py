@@ -19,6 +19,7 @@ from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
 from fedlpp_ray.runtime.placement import PlacementError
@@ -121,7 +122,7 @@ class MlflowCallback(Callback):
         try:
             action()
         except Exception as error:
-            logger.warning("not logged to MLflow: %s", error)
+            logger.warning("not logged to MLflow: %s", without_secrets(str(error)))
 
 
 class PlacementCallback(Callback):

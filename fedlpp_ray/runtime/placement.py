@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
+from fedlpp_ray.runtime.growth import growth
 from fedlpp_ray.runtime.watch import what_is_missing
 
 Bundle = dict[str, float]
@@ -150,14 +151,11 @@ def limits(wanted: int) -> tuple[Bundle, list[Bundle]]:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
-    # Ray keeps the autoscaler's limits here; its own data library asks them the same way.
-    state: Any = ray._private.state.state
-    if config := state.get_cluster_config():
-        growth = state.get_max_resources_from_cluster_config() or {}
-        total = {key: max(total.get(key, 0), growth.get(key, 0)) for key in {*total, *growth}}
-        for group in config.node_group_configs:
-            count = wanted if group.max_count < 0 else min(group.max_count, wanted)
-            nodes += [dict(group.resources)] * count
+    if more := growth():
+        most = more.total()
+        total = {key: max(total.get(key, 0), most.get(key, 0)) for key in {*total, *most}}
+        for resources, count in more.kinds:
+            nodes += [resources] * min(count, wanted)
     return total, nodes
 
 

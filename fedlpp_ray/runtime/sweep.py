@@ -14,6 +14,7 @@ from ray.tune import Callback
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.runtime.callbacks import PlacementCallback
 from fedlpp_ray.runtime.placement import bundles, check_fits, in_words
+from fedlpp_ray.runtime.shared_folder import check_shared
 from fedlpp_ray.runtime.space import SearchSpace, values_of
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
@@ -62,7 +63,9 @@ def run_sweep(
 
     Raises:
         PlacementError: a trial needs what the cluster can never give; nothing has been started.
+        StorageError: the nodes do not share `storage`; nothing has been started.
     """
+    check_shared(storage)
     for experiment in space.experiments():
         check_fits(bundles(experiment))
     trainable = tune.with_resources(

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import flat_config
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.tracking.metrics import ROUND
@@ -83,7 +84,8 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
             return run_id
         run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
-        params = [Param(key, str(value)) for key, value in flat_config(config).items()]
+        values = flat_config(config).items()
+        params = [Param(key, without_secrets(str(value))) for key, value in values]
         self.client.log_batch(run.info.run_id, params=params)
         return str(run.info.run_id)
 
@@ -149,11 +151,12 @@ class Tracker:
     @property
     def ui(self) -> str:
         """Address of the UI: the tracking server's own, or where `ui_command` will start one."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else UI
+        return without_secrets(self.uri.rstrip("/")) if self.uri.startswith("http") else UI
 
     @property
     def ui_command(self) -> str | None:
         """The command that starts the UI, or None where a tracking server has it already."""
         if self.uri.startswith("http"):
             return None
-        return f"mlflow ui --backend-store-uri {self.uri} --host 127.0.0.1 --port 5000"
+        store = without_secrets(self.uri)
+        return f"mlflow ui --backend-store-uri {store} --host 127.0.0.1 --port 5000"

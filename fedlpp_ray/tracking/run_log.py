@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
@@ -106,4 +107,4 @@ class RunLog:
             with self._held():
                 action()
         except Exception as error:
-            logger.warning("not logged to MLflow: %s", error)
+            logger.warning("not logged to MLflow: %s", without_secrets(str(error)))

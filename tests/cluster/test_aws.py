@@ -6,18 +6,17 @@ Offline and without credentials. Whether AWS agrees is for a real launch to say 
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aws_checks import CHECKS, ClusterFile, Config, load, placeholders
+from aws_checks import CHECKS
+from cluster_file import ClusterFile, load, placeholders
+from mutations import Mutation, drop, edit, put
 from ray.autoscaler._private.util import prepare_config
 
 PATH = Path(__file__).parents[2] / "cluster" / "aws.yaml"
 PINS = "ray==2.60.0\ntorch==2.13.0\n"
-Mutation = Callable[[Config], None]
 BY_NAME = {check.__name__.removeprefix("check_"): check for check in CHECKS}
 
 
@@ -26,47 +25,10 @@ def shipped() -> ClusterFile:
     return load(PATH)
 
 
-def put(path: str, value: Any) -> Mutation:
-    """Set the value at a path of keys and positions parted by spaces."""
-
-    def mutate(config: Config) -> None:
-        *parents, last = [int(k) if k.isdigit() else k for k in path.split()]
-        node: Any = config
-        for key in parents:
-            node = node[key]
-        node[last] = value
-
-    return mutate
-
-
-def drop(path: str) -> Mutation:
-    """Take out the key at a path."""
-
-    def mutate(config: Config) -> None:
-        *parents, last = path.split()
-        node: Any = config
-        for key in parents:
-            node = node[key]
-        del node[last]
-
-    return mutate
-
-
-def edit(commands: str, old: str, new: str) -> Mutation:
-    """Replace a text that must occur in a list of commands."""
-
-    def mutate(config: Config) -> None:
-        before = config[commands]
-        config[commands] = [c.replace(old, new) for c in before]
-        assert config[commands] != before, f"{old!r} is not in {commands}"
-
-    return mutate
-
-
 TYPES = "available_node_types"
 HEAD, SPOT, ON_DEMAND = (f"{TYPES} {name}" for name in ("head_cpu", "gpu_spot", "gpu_on_demand"))
 DISK = "node_config BlockDeviceMappings 0"
-START = "head_start_ray_commands"
+START, WORKER = "head_start_ray_commands", "worker_start_ray_commands"
 BREAKS: list[tuple[str, Mutation]] = [
     ("schema", put("max_worker", 8)),
     ("schema", put(f"{SPOT} max_nodes", 8)),
@@ -143,6 +105,12 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("mlflow", put("file_mounts ~/mlflow", "mlflow")),
     ("mlflow", edit(START, "--artifacts-destination s3://", "--artifacts-destination ./")),
     ("mlflow", edit(START, "systemctl stop fedlpp-mlflow", "true")),
+    ("watcher", edit(WORKER, "spot_watcher.py aws", "spot_watcher.py gcp")),
+    ("watcher", edit(WORKER, "systemctl stop fedlpp-spot-watcher", "true")),
+    ("watcher", edit(WORKER, "Restart=on-failure", "Restart=no")),
+    ("watcher", edit(WORKER, "spot_watcher.py", "other.py")),
+    ("watcher", drop("file_mounts ~/fedlpp/spot_watcher.py")),
+    ("reports", edit(START, "--disable-usage-stats", "")),
     ("shell", put("setup_commands 0", "for i in 1 2; do echo")),
 ]
 

@@ -4,14 +4,14 @@ Needs the optional packages moto and boto3; no network, no credentials. The plac
 with things made in moto's own account first.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aws_checks import ClusterFile, Config, load
+from aws_stand_in import fill_in, tags_of
+from cluster_file import Config, load
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.providers import _get_node_provider
 
@@ -34,21 +34,6 @@ def bootstrapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Co
     with moto.mock_aws():
         file = load(PATH)
         yield commands._bootstrap_config(fill_in(file), no_config_cache=True)
-
-
-def fill_in(file: ClusterFile) -> Config:
-    """Make a group and two profiles in moto, and put their names where the placeholders are."""
-    region = file.config["provider"]["region"]
-    ec2, iam = boto3.client("ec2", region_name=region), boto3.client("iam", region_name=region)
-    vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
-    group = ec2.create_security_group(GroupName="fedlpp", Description="x", VpcId=vpc)["GroupId"]
-    for name in ("head-profile", "worker-profile"):
-        iam.create_instance_profile(InstanceProfileName=name)
-    ec2.create_key_pair(KeyName="fedlpp-ray")
-    text = json.dumps(file.config).replace("sg-REPLACE_GROUP", group)
-    text = text.replace("REPLACE_HEAD_PROFILE", "head-profile")
-    filled: Config = json.loads(text.replace("REPLACE_WORKER_PROFILE", "worker-profile"))
-    return filled
 
 
 def launch(config: Config, kind: str) -> dict[str, Any]:
@@ -94,7 +79,7 @@ def test_a_node_is_launched_as_written(
     assert instance.get("InstanceLifecycle") == lifecycle
     assert instance["IamInstanceProfile"]["Arn"].endswith(profile)
     assert instance["MetadataOptions"]["HttpTokens"] == "required"
-    tags = {t["Key"]: t["Value"] for t in instance["Tags"]}
+    tags = tags_of(instance)
     assert tags["ray-cluster-name"] == tags["project"] == "fedlpp-ray"
     disk = instance["BlockDeviceMappings"][0]["Ebs"]["VolumeId"]
     ec2 = boto3.client("ec2", region_name=bootstrapped["provider"]["region"])

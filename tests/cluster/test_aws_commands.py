@@ -1,0 +1,200 @@
+"""`ray up`, `get-head-ip`, `exec`, `submit`, `down` of `cluster/aws.yaml` against a moto server.
+
+moto answers for AWS on loopback. It hands out addresses that look public, so `ssh` and `rsync` are
+programs of this test that come first on PATH and only write down how they were called: nothing is
+ever dialled. Needs moto, boto3 and `ray[default]`; no network, no credentials.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aws_stand_in import fill_in, tags_of
+from cluster_file import load
+
+boto3 = pytest.importorskip("boto3")
+moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PATH = ROOT / "cluster" / "aws.yaml"
+RAY = Path(sys.executable).with_name("ray")
+STAND_IN = """#!{python}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as log:
+    print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=log)
+"""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A home, a cluster file with the placeholders filled in, and what has been called."""
+
+    home: Path
+    file: Path
+    region: str
+
+    def ray(self, command: str, *arguments: str) -> str:
+        """Run a command of Ray on the cluster file; returns its output."""
+        options = ["--no-config-cache"] if command in ("up", "exec") else []
+        done = subprocess.run(
+            [str(RAY), command, *options, str(self.file), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def calls(self, program: str) -> list[list[str]]:
+        """How `ssh` or `rsync` has been called."""
+        lines = map(json.loads, (self.home / "calls").read_text().splitlines())
+        return [call[1:] for call in lines if call[0] == program]
+
+    def said(self) -> str:
+        """All that was to be run on a node."""
+        return "\n".join(" ".join(call) for call in self.calls("ssh"))
+
+    def instances(self, *states: str) -> list[dict[str, Any]]:
+        """The instances in the given states."""
+        ec2 = boto3.client("ec2", region_name=self.region)
+        wanted = [{"Name": "instance-state-name", "Values": list(states)}]
+        found = ec2.describe_instances(Filters=wanted)["Reservations"]
+        return [instance for reservation in found for instance in reservation["Instances"]]
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cloud(patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    home = tmp_path_factory.mktemp("home")
+    for name in ("ssh", "rsync"):
+        (home / name).write_text(STAND_IN.format(python=sys.executable))
+        (home / name).chmod(0o755)
+    for name in (".ssh/fedlpp-ray.pem", ".ray/auth_token"):
+        (home / name).parent.mkdir()
+        (home / name).write_text("nothing secret")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        patch.setenv(name, "testing")
+    patch.delenv("AWS_PROFILE", raising=False)
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("HOME", str(home))
+    patch.setenv("CALLS", str(home / "calls"))
+    patch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+    config = fill_in(load(PATH))
+    (home / "aws.yaml").write_text(yaml.safe_dump(config))
+    yield Cloud(home, home / "aws.yaml", config["provider"]["region"])
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def up(cloud: Cloud) -> Cloud:
+    cloud.ray("up", "-y")
+    return cloud
+
+
+def test_up_starts_the_head_as_written_and_no_worker(up: Cloud) -> None:
+    (head,) = up.instances("pending", "running")
+    tags = tags_of(head)
+    assert tags["ray-cluster-name"] == tags["project"] == "fedlpp-ray"
+    assert tags["ray-node-type"] == "head"
+    assert tags["ray-user-node-type"] == "head_cpu"
+    assert tags["ray-node-status"] == "up-to-date"
+    assert head["InstanceType"] == "m7i.xlarge"
+    assert "InstanceLifecycle" not in head
+    assert head["MetadataOptions"]["HttpTokens"] == "required"
+    assert head["MetadataOptions"]["HttpPutResponseHopLimit"] == 2
+    assert head["IamInstanceProfile"]["Arn"].endswith("/head-profile")
+    assert [group["GroupName"] for group in head["SecurityGroups"]] == ["fedlpp"]
+    assert head["KeyName"] == "fedlpp-ray"
+
+
+def test_up_opens_no_port_and_makes_no_group_or_key(up: Cloud) -> None:
+    ec2 = boto3.client("ec2", region_name=up.region)
+    groups = {g["GroupName"]: g for g in ec2.describe_security_groups()["SecurityGroups"]}
+    assert groups.keys() == {"default", "fedlpp"}
+    assert groups["fedlpp"]["IpPermissions"] == []
+    assert [key["KeyName"] for key in ec2.describe_key_pairs()["KeyPairs"]] == ["fedlpp-ray"]
+
+
+def test_up_runs_the_commands_of_the_file_on_the_head(up: Cloud) -> None:
+    said, config = up.said(), yaml.safe_load(up.file.read_text())
+    for name in ("initialization_commands", "setup_commands", "head_start_ray_commands"):
+        for command in config[name]:
+            first = command.split("'")[0].split('"')[0]  # what quoting leaves as it is
+            assert first in said, command
+    start = next(line for line in said.splitlines() if "ray start --head" in line)
+    assert "RAY_AUTH_MODE=token ray start --head --port=6379" in start
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "mlflow server --host 127.0.0.1 --port 5000" in said
+    assert "nvidia-smi" not in said
+    assert "nightly" not in said
+    assert "nothing secret" not in said
+
+
+def test_up_copies_the_mounts_and_the_token(up: Cloud) -> None:
+    sent = [" ".join(call) for call in up.calls("rsync")]
+    for name in ("constraints.txt", "pyproject.toml", "spot_watcher.py", "auth_token"):
+        assert any(name in call for call in sent), name
+    assert any("ray_bootstrap_config.yaml" in call for call in sent)
+    assert any("ray_bootstrap_key.pem" in call for call in sent)
+
+
+def test_only_the_head_was_to_be_reached_and_by_the_clusters_key(up: Cloud) -> None:
+    (head,) = up.instances("pending", "running")
+    for call in up.calls("ssh"):
+        assert f"ubuntu@{head['PublicIpAddress']}" in call
+        assert call[call.index("-i") + 1] == "~/.ssh/fedlpp-ray.pem"
+    for call in up.calls("rsync"):
+        assert any(f"ubuntu@{head['PublicIpAddress']}:" in part for part in call)
+
+
+def test_get_head_ip_exec_and_submit(up: Cloud, tmp_path: Path) -> None:
+    (head,) = up.instances("pending", "running")
+    assert head["PublicIpAddress"] in up.ray("get-head-ip")
+    up.ray("exec", "journalctl -u fedlpp-mlflow")
+    assert "journalctl -u fedlpp-mlflow" in up.said()
+    (tmp_path / "job.py").write_text("print(1)\n")
+    up.ray("submit", str(tmp_path / "job.py"), "--rounds=2")
+    assert any("job.py" in " ".join(call) for call in up.calls("rsync"))
+    assert "job.py --rounds=2" in up.said().replace("'", "")
+
+
+def test_the_tunnels_and_the_way_back_of_the_database(up: Cloud) -> None:
+    up.ray("dashboard")
+    up.ray("dashboard", "--port", "5000", "--remote-port", "5000")
+    tunnels = [call[call.index("-L") + 1] for call in up.calls("ssh") if "-L" in call]
+    assert tunnels == ["8265:localhost:8265", "5000:localhost:5000"]
+    up.ray("rsync-down", "/home/ubuntu/mlflow/", str(up.home / "mlflow"))
+    fetched = " ".join(up.calls("rsync")[-1])
+    assert ":/home/ubuntu/mlflow/" in fetched
+    assert "mlflow.db" not in fetched  # which would leave it out
+
+
+def test_a_second_up_changes_nothing(up: Cloud) -> None:
+    before = [instance["InstanceId"] for instance in up.instances("pending", "running")]
+    up.ray("up", "-y", "--no-restart")
+    assert [i["InstanceId"] for i in up.instances("pending", "running")] == before
+
+
+def test_down_leaves_nothing(up: Cloud) -> None:
+    up.ray("down", "-y")
+    assert up.instances("pending", "running", "stopping", "stopped") == []
+    assert len(up.instances("shutting-down", "terminated")) == 1
