@@ -1,6 +1,6 @@
 """`cluster/aws.yaml` is what it says it is, and each check of that can fail.
 
-Offline and without credentials. Whether AWS agrees is for a real launch to say (cluster/README.md).
+Offline and without credentials. Whether AWS agrees is for a real launch to say (docs/clusters.md).
 """
 
 import json
