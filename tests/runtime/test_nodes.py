@@ -99,9 +99,6 @@ def test_no_worker_node_is_refused_unless_one_may_be_started(
     groups = [SimpleNamespace(resources=kind, max_count=3) for kind in kinds]
     config = SimpleNamespace(node_group_configs=groups)
     monkeypatch.setattr(state, "get_cluster_config", lambda: config)
-    monkeypatch.setattr(
-        state, "get_max_resources_from_cluster_config", lambda: {"CPU": 9, SERVER: 3}
-    )
     hurried = experiment.with_values({"runtime.start_timeout": 3.0})
     with pytest.raises(PlacementError, match=r"no room after 3 s .*CPU"), reserve(hurried):
         pass

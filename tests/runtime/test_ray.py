@@ -216,8 +216,6 @@ def test_the_autoscalers_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     state = ray._private.state.state
     config = SimpleNamespace(node_group_configs=[Group()])
     monkeypatch.setattr(state, "get_cluster_config", lambda: config)
-    most = {"CPU": 64, "GPU": 8}
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: most)
     check_fits([{"CPU": 30, "GPU": 1.0}] * 2)
     with pytest.raises(PlacementError, match="the cluster has 8"):
         check_fits([{"CPU": 1, "GPU": 1.0}] * 9)

@@ -29,7 +29,9 @@ objectives = {"server/accuracy": "max"}
 @pytest.fixture
 def grows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cluster of this node, with an autoscaler that may start four more."""
-    config = SimpleNamespace(node_group_configs=[SimpleNamespace(max_count=4)])
+    config = SimpleNamespace(
+        node_group_configs=[SimpleNamespace(resources={"CPU": 8.0}, max_count=4)]
+    )
     with connect():
         state = ray._private.state.state
         monkeypatch.setattr(state, "get_cluster_config", lambda: config)
