@@ -6,7 +6,7 @@ Each check returns the problems it finds as sentences, so an empty list means th
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,21 @@ def check_watcher(file: ClusterFile) -> list[str]:
         problems.append("a second `ray up` finds the unit's name taken")
     script = file.config.get("file_mounts", {}).get("~/fedlpp/spot_watcher.py")
     return problems if script == "cluster/spot_watcher.py" else [*problems, "it is not mounted"]
+
+
+def check_spot_first(file: ClusterFile, is_spot: Callable[[Config], bool]) -> list[str]:
+    """The head is no spot node; workers are spot first, and on-demand where there is none."""
+    if is_spot(file.head):
+        return ["the head is a spot instance: its loss ends the sweep"]
+    spot = {k: v for k, v in file.workers.items() if is_spot(v)}
+    rest = {k: v for k, v in file.workers.items() if not is_spot(v)}
+    if not spot or not rest:
+        return ["there is no spot type, or no on-demand fallback"]
+    if min(v.get("priority", 0) for v in spot.values()) <= max(
+        v.get("priority", 0) for v in rest.values()
+    ):
+        return ["an on-demand type has the priority of a spot type, or more"]
+    return []
 
 
 def check_shell(file: ClusterFile) -> list[str]:

@@ -17,6 +17,7 @@ from cluster_file import (
     check_reports,
     check_schema,
     check_shell,
+    check_spot_first,
     check_token,
     check_versions,
     check_watcher,
@@ -129,17 +130,8 @@ def check_disks(file: ClusterFile) -> list[str]:
 
 def check_market(file: ClusterFile) -> list[str]:
     """Workers are spot first, with an on-demand fallback that differs in nothing else."""
-    if is_spot(file.head):
-        return ["the head is a spot instance: its loss ends the sweep"]
+    problems = check_spot_first(file, is_spot)
     spot = {k: v for k, v in file.workers.items() if is_spot(v)}
-    rest = {k: v for k, v in file.workers.items() if not is_spot(v)}
-    if not spot or not rest:
-        return ["there is no spot type, or no on-demand fallback"]
-    problems = []
-    if min(v.get("priority", 0) for v in spot.values()) <= max(
-        v.get("priority", 0) for v in rest.values()
-    ):
-        problems.append("an on-demand type has the priority of a spot type, or more")
     if len({v["node_config"]["machineType"] for v in file.workers.values()}) != 1:
         problems.append("spot and fallback differ in size, so priority does not decide")
     for name, kind in spot.items():

@@ -24,6 +24,7 @@ from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.sums import OnNodes
 from tests.federation.test_loop import numbers
 from tests.runtime.many_nodes import CLIENT_CPUS, SERVER, SERVER_CPUS, Nodes, around, many_nodes
+from tests.runtime.test_rounds import EMULATED
 
 pytestmark = pytest.mark.slow
 
@@ -248,15 +249,6 @@ def test_sums_by_node_give_the_bits_of_one_process(  # noqa: PLR0917
     assert len(summed[0]) == 2
     again = {name for name in names if name.startswith("round 1") and names.count(name) == 2}
     assert bool(again) == (lost != "nothing")
-
-
-EMULATED = {
-    "adapter.kind": "prompt",
-    "adapter.tokens": 4,
-    "emulator.kind": "shared-layer",
-    "emulator.steps": 2,
-    "server.examples": 40,
-}
 
 
 @pytest.mark.parametrize("values", [{}, EMULATED], ids=["default", "emulator"])

@@ -94,12 +94,18 @@ def test_one_and_three_actors_give_the_bits_of_one_process(
     assert (found, actors.measure_floor()) == expected(kind)
 
 
-def test_the_broadcast_is_put_once_a_round(
-    tiny_experiment: Experiment, actors: RayBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    puts: list[dict[int, bytes]] = []
+@pytest.fixture
+def puts(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, bytes]]:
+    """What is put into the object store."""
+    found: list[dict[int, bytes]] = []
     original = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
+    monkeypatch.setattr(ray, "put", lambda value: found.append(value) or original(value))
+    return found
+
+
+def test_the_broadcast_is_put_once_a_round(
+    tiny_experiment: Experiment, actors: RayBackend, puts: list[dict[int, bytes]]
+) -> None:
     run(tiny_experiment, actors)
     # One for each of 3 rounds, and one for the state that the last evaluation measures.
     assert len(puts) == tiny_experiment.federation.rounds + 1
@@ -107,11 +113,8 @@ def test_the_broadcast_is_put_once_a_round(
 
 
 def test_a_broadcast_that_lasts_is_put_once(
-    tiny_experiment: Experiment, actors: RayBackend, monkeypatch: pytest.MonkeyPatch
+    tiny_experiment: Experiment, actors: RayBackend, puts: list[dict[int, bytes]]
 ) -> None:
-    puts: list[dict[int, bytes]] = []
-    original = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or original(value))
     run(tiny_experiment.with_values(LASTING), actors)
     assert len(puts) == 2  # of rounds 1 and 4
 
