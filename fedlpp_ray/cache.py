@@ -8,9 +8,11 @@ writes to such a tensor gets a copy of that page of his own (MAP_PRIVATE).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 _CHUNK = 1 << 24
+_PAGE, _DONTNEED = mmap.PAGESIZE, 4
 
 
 def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors]) -> Tensors:
@@ -96,6 +99,27 @@ def mapped_ranges() -> list[tuple[int, int]]:
     rows = [line.split(maxsplit=5) for line in lines]
     ends = [row[0].split("-") for row in rows if len(row) == 6 and row[5].startswith("/")]
     return [(int(first, 16), int(last, 16)) for first, last in ends]
+
+
+class Pages:
+    """The memory in which this process has files mapped, as it is now."""
+
+    def __init__(self) -> None:
+        self._ranges = mapped_ranges()
+        self._libc = ctypes.CDLL(None, use_errno=True) if self._ranges else None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Have no pages of a mapped tensor in memory, until they are read again.
+
+        Only what was not written to: a page of one's own would be as in the file again. A tensor
+        that is not mapped stays as it is.
+        """
+        first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if not any(low <= first and first + size <= high for low, high in self._ranges):
+            return
+        start, end = -(-first // _PAGE) * _PAGE, (first + size) // _PAGE * _PAGE
+        if self._libc is not None and end > start:
+            self._libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
 
 
 def _key(content: Mapping[str, object]) -> str:

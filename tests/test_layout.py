@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedlpp_ray"
 ROOMS = [
-    *("errors", "assets", "cache", "state", "seeds", "command_line"),
+    *("errors", "assets", "cache", "state", "seeds", "base_stream", "command_line"),
     *("config", "storage", "quantization", "messages", "models", "lora", "aggregation", "privacy"),
     *("tasks", "training", "federation", "tracking", "runtime"),
     *("report", "train", "tune"),
@@ -51,6 +51,7 @@ def test_a_file_imports_rooms_below_its_own(path: Path) -> None:
         ("peft", {"lora"}),
         ("transformers", {"models", "lora"}),
         ("bitsandbytes", {"models"}),
+        ("deepspeed", {"models"}),
         ("datasets", {"tasks"}),
         ("sklearn", {"tasks"}),
     ],

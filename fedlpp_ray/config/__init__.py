@@ -10,6 +10,7 @@ from fedlpp_ray.config.running import EvaluationConfig, RuntimeConfig
 from fedlpp_ray.config.schema import Experiment
 from fedlpp_ray.config.section import FULL_PRECISION, Bits, Section
 from fedlpp_ray.config.task import GenerationConfig, Kind, TaskConfig
+from fedlpp_ray.config.zero import ZeroConfig
 
 __all__ = [
     "FULL_PRECISION",
@@ -31,6 +32,7 @@ __all__ = [
     "ServerConfig",
     "TaskConfig",
     "UplinkConfig",
+    "ZeroConfig",
     "check_same",
     "dump_experiment",
     "fingerprint",

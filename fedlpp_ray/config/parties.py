@@ -18,6 +18,7 @@ from fedlpp_ray.config.section import (
     Section,
     Share,
 )
+from fedlpp_ray.config.zero import ZeroConfig
 
 
 class ClientConfig(Section):
@@ -61,6 +62,10 @@ class ClientConfig(Section):
     in fp32 the actors of a node share one. The server computes in fp32."""
     max_broadcast_norm: PositiveFloat = 1e4
     """A broadcast with a larger L2 norm is refused."""
+    num_workers: Positive = 1
+    """Ranks of one client actor, each with the CPUs and GPUs that `runtime` gives a client actor;
+    they share a client's batches, and with `zero.stage` 3 its base."""
+    zero: ZeroConfig = ZeroConfig()
 
     @model_validator(mode="after")
     def _variates_exist(self) -> Self:
@@ -243,3 +248,12 @@ class ServerConfig(Section):
     """So many training examples are the server's own and no client's, whatever the seed."""
     max_update_norm: PositiveFloat = 1e3
     """An update with a larger L2 norm is refused."""
+    tune_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that the server makes after every round, with its full model, on its own examples
+    (`server.examples`). Optimizer and batches are as the clients' are, at a constant rate."""
+    tune_lr: PositiveFloat = 1e-4
+    """Learning rate of these."""
+    num_workers: Positive = 1
+    """Ranks of the server, each with the CPUs and GPUs that `runtime` gives the server; they share
+    its batches, and with `zero.stage` 3 its model."""
+    zero: ZeroConfig = ZeroConfig()

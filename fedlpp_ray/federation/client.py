@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
-from fedlpp_ray.federation.emulation import load_client_base
+from fedlpp_ray.federation.emulation import load_client_base, trained_whole
 from fedlpp_ray.federation.masks import cut, fill
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
+from fedlpp_ray.models import shard
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import COLUMNS, VARIATE, State, part, schema_of
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import (
+    ALONE,
     ClientRule,
     Descent,
     FedProx,
+    Group,
     Scaffold,
     Subnetwork,
     Training,
     client_descent,
     configure_torch,
+    dismiss,
+    follow,
+    together,
     whole_descent,
 )
 
@@ -46,19 +54,33 @@ class ClientHost:
         experiment: What to run.
         host: Number of this host, reported back with each update.
         emulator: What the server made of its model, if clients have that (`emulator.kind`).
+        stream: Where the server makes the base, if clients do not make it from the checkpoint.
+        group: Ranks that serve one client together; each has this object, and all but the first
+            `follow`.
+
+    Attributes:
+        group: The ranks.
 
     Raises:
         AssetError, TaskError, ValueError: the model or the data cannot be used.
     """
 
     def __init__(
-        self, experiment: Experiment, host: int = 0, emulator: bytes | None = None
+        self,
+        experiment: Experiment,
+        host: int = 0,
+        emulator: bytes | None = None,
+        stream: BaseStream | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self._experiment = experiment
+        self._experiment, self.group = experiment, group
         self._host = host
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.client_gpus)
-        self._text = FederatedText(experiment)
-        base = load_client_base(experiment, self._text, emulator)
+        self._text = FederatedText(experiment, group)
+        base = load_client_base(experiment, self._text, emulator, stream)
+        if experiment.client.zero.stage:
+            whole = trained_whole(experiment, base, self._text)
+            base = shard(base, experiment.client.zero, self._device, whole)
         adapter, lora = experiment.adapter, experiment.lora
         self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
         if (
@@ -73,6 +95,23 @@ class ClientHost:
         self._wire = Wire(experiment, schema_of(self._initial))
         self._decoded: tuple[Envelope, int, bytes, State] | None = None  # the last message
 
+    @classmethod
+    def follow(
+        cls,
+        experiment: Experiment,
+        host: int,
+        emulator: bytes | None,
+        stream: BaseStream | None,
+        group: Group,
+    ) -> None:
+        """Be another rank than the first, with the same arguments, until that is done."""
+        follow(cls(experiment, host, emulator, stream, group))
+
+    def close(self) -> None:
+        """Be done: the other ranks end."""
+        dismiss(self.group)
+
+    @together
     def train(
         self, round: int, client: int, broadcast: Broadcast, memory: Memory = None
     ) -> ClientUpdate:
@@ -124,6 +163,7 @@ class ClientHost:
             safetensors.torch.save(kept) if kept else None,
         )
 
+    @together
     def evaluate(
         self, round: int, broadcast: Broadcast, memory: Memory = None
     ) -> tuple[Metrics, Metrics]:
@@ -140,6 +180,7 @@ class ClientHost:
         self._train_client(round, strongest, self._rules(received, memory))
         return before, self._text.evaluate(self._model, self._device)
 
+    @together
     def measure_floor(self) -> Floor:
         """What the strongest client has without taking part."""
         federation, strongest = self._experiment.federation, self._text.strongest
@@ -219,6 +260,7 @@ class ClientHost:
             device=self._device,
             descent=descent,
             rules=rules,
+            group=self.group,
         ).run()
 
 

@@ -11,7 +11,13 @@ from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
 from fedlpp_ray.tasks import Prompts, Tokens, Wording, load_corpus, share_out
-from fedlpp_ray.training import Evaluator, classification_evaluator, generation_evaluator
+from fedlpp_ray.training import (
+    ALONE,
+    Evaluator,
+    Group,
+    classification_evaluator,
+    generation_evaluator,
+)
 
 
 class FederatedText:
@@ -21,6 +27,7 @@ class FederatedText:
 
     Args:
         experiment: What to run.
+        group: Ranks that measure together.
 
     Attributes:
         classes: Number of classes, or None where a text is to be written.
@@ -33,8 +40,8 @@ class FederatedText:
         AssetError, TaskError: the data or the tokenizer cannot be used.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
+    def __init__(self, experiment: Experiment, group: Group = ALONE) -> None:
+        self._experiment, self._group = experiment, group
         self._load_tokenizer = partial(load_tokenizer, experiment.model)
         identity = model_identity(experiment.model)
         corpus = load_corpus(experiment.task, experiment.generation, self._load_tokenizer, identity)
@@ -48,12 +55,12 @@ class FederatedText:
     @cached_property
     def evaluate(self) -> Evaluator:
         """Measures a model on the held-out data; made where it is used, which few parties do."""
-        held_out, experiment = self._held_out, self._experiment
+        held_out, experiment, group = self._held_out, self._experiment, self._group
         if isinstance(held_out, Prompts):
             length = experiment.task.max_length
             wording = Wording(self._load_tokenizer(), experiment.generation, length)
-            return generation_evaluator(held_out, wording, self.pad, experiment)
-        return classification_evaluator(held_out, self.pad, experiment)
+            return generation_evaluator(held_out, wording, self.pad, experiment, group)
+        return classification_evaluator(held_out, self.pad, experiment, group)
 
     def servers(self) -> Tokens:
         """The server's own examples, which no client has."""

@@ -9,14 +9,18 @@ import logging
 import torch
 from torch import nn
 
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText, base_of, load_base
 from fedlpp_ray.models import (
     emulator_bytes,
+    head_modules,
+    is_sharded,
     load_emulator,
     make_emulator,
     modules_named,
     quantize_base,
+    receive_base,
     share_base,
     trained_modules,
 )
@@ -45,7 +49,7 @@ def emulate(
     config, adapter = experiment.emulator, experiment.adapter
     if config.kind == "none":
         return None
-    emulator = make_emulator(copy.deepcopy(base), config, adapter.outer)
+    emulator = make_emulator(_copy_of(experiment, text, base), config, adapter.outer).float()
     if config.steps:
         losses = distill(
             base,
@@ -58,11 +62,21 @@ def emulate(
             device=device,
         )
         logger.info("emulator: relative error %.3g, distilled to %.3g", losses[0], losses[-1])
-    return emulator_bytes(emulator, _broadcast_modules(experiment, base))
+    return emulator_bytes(emulator, broadcast_modules(experiment, base))
+
+
+def _copy_of(experiment: Experiment, text: FederatedText, base: nn.Module) -> nn.Module:
+    """A model of its own with the values of the base."""
+    if any(map(is_sharded, base.modules())):  # mapped from the checkpoint: only what stays is read
+        return base_of(experiment, text).load(as_stored=True)[0]
+    return copy.deepcopy(base)
 
 
 def load_client_base(
-    experiment: Experiment, text: FederatedText, emulator: bytes | None = None
+    experiment: Experiment,
+    text: FederatedText,
+    emulator: bytes | None = None,
+    stream: BaseStream | None = None,
 ) -> nn.Module:
     """A client's frozen base: W0 or its emulator, quantized as `client` says; not what is trained.
 
@@ -70,6 +84,7 @@ def load_client_base(
         experiment: What to run.
         text: Says for which kind of task.
         emulator: What `emulate` made.
+        stream: Where the server makes the base; None: it is made here, from the checkpoint.
 
     Raises:
         AssetError, BaseFormatError, LayersError: the model cannot be used.
@@ -77,19 +92,27 @@ def load_client_base(
     """
     config = experiment.emulator
     if config.kind == "none":
-        whole_of = functools.partial(_broadcast_modules, experiment)
-        return share_base(base_of(experiment, text), experiment.client, whole_of)
+        base, whole_of = base_of(experiment, text), functools.partial(broadcast_modules, experiment)
+        if stream:
+            return receive_base(base, experiment.client, whole_of, stream)
+        return share_base(base, experiment.client, whole_of)
     if emulator is None:
         raise ValueError(f"emulator.kind '{config.kind}': the server's emulator is missing")
-    base = load_base(experiment, text)
-    whole = _broadcast_modules(experiment, base)
-    load_emulator(make_emulator(base, config, experiment.adapter.outer), emulator, whole)
+    model = load_base(experiment, text)
+    whole = broadcast_modules(experiment, model)
+    load_emulator(make_emulator(model, config, experiment.adapter.outer), emulator, whole)
     # Quantized before it moves: the device never holds the full base, and bitsandbytes quantizes
     # int8 on the way there only.
-    return quantize_base(base, experiment.client, whole)
+    return quantize_base(model, experiment.client, whole)
 
 
-def _broadcast_modules(experiment: Experiment, base: nn.Module) -> list[str]:
+def trained_whole(experiment: Experiment, base: nn.Module, text: FederatedText) -> list[str]:
+    """Names of all modules that are trained as they are, a classifier's head included."""
+    head = [] if text.classes is None else head_modules(base)
+    return [*head, *broadcast_modules(experiment, base)]
+
+
+def broadcast_modules(experiment: Experiment, base: nn.Module) -> list[str]:
     """Names of the modules that are trained whole, so that every broadcast brings them."""
     named = modules_named(base, experiment.lora.modules_to_save)
     return [*named, *trained_modules(base, experiment.adapter)]

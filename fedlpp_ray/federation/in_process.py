@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.client import ClientHost
@@ -23,6 +24,7 @@ from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.solo import Solo
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.messages import MessageError
+from fedlpp_ray.training import ALONE, Group
 
 
 def in_process(experiment: Experiment) -> Backend:
@@ -37,13 +39,20 @@ def in_process(experiment: Experiment) -> Backend:
 class InProcess:
     """A `Backend` without Ray: one server and one client host.
 
+    Args:
+        experiment: What to run.
+        group: Ranks of the server, of which this process is the first and the others
+            `Server.follow`.
+
     Raises:
         AssetError, TaskError, ValueError: the model or the data cannot be used.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._server = Server(experiment)
-        self._host = ClientHost(experiment, emulator=self._server.emulator())
+    def __init__(self, experiment: Experiment, group: Group = ALONE) -> None:
+        self._server = Server(experiment, group)
+        stream = BaseStream.of(self._server.base_identity(), self._server.base_part)
+        self._host = ClientHost(experiment, emulator=self._server.emulator(), stream=stream)
+        self.close = self._server.close
         self._made_in = experiment.downlink.made_in
         self.download = self._server.download
         self.encode_broadcast = self._server.encode_broadcast

@@ -9,23 +9,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedlpp_ray.aggregation import find_method, make_optimizer
+from fedlpp_ray.aggregation import make_optimizer
 from fedlpp_ray.aggregation.products import truncate
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.adapter import AdapterFiles, adapter_state
+from fedlpp_ray.federation.adapter import adapter_state
 from fedlpp_ray.federation.aggregator import Aggregator, Opening
-from fedlpp_ray.federation.data import FederatedText, load_base
-from fedlpp_ray.federation.emulation import emulate
+from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.records import Assignment
+from fedlpp_ray.federation.server_model import ServerModel
 from fedlpp_ray.federation.wire import Broadcast, Wire
-from fedlpp_ray.lora import add_adapter, add_residuals, read_state, write_state
 from fedlpp_ray.messages import MessageError, encode
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import VARIATE, State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import (
+    ALONE,
+    Group,
     client_descent,
-    configure_torch,
+    dismiss,
+    follow,
     next_server_variate,
 )
 
@@ -39,24 +41,17 @@ class Server:
 
     Args:
         experiment: What to run.
+        group: Ranks that have the model together; this is rank 0, and the others `follow`.
 
     Raises:
         AssetError, TaskError, ValueError: the model or the data cannot be used.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, group: Group = ALONE) -> None:
         self._experiment = experiment
-        self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
-        self._text = FederatedText(experiment)
-        base = load_base(experiment, self._text)
-        self._emulator = emulate(experiment, self._text, base, self._device)
-        adapter, lora = experiment.adapter, experiment.lora
-        self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
-        method = find_method(experiment.server.aggregation)
-        if method.writes_base:
-            add_residuals(self._model)
-        self._initial = read_state(self._model)
-        self._files = AdapterFiles(self._model)
+        self._text = FederatedText(experiment, group)
+        self._model = ServerModel(experiment, self._text, group)
+        self._initial, self._emulator = self._model.initial, self._model.emulator
         self._wire = Wire(experiment, schema_of(self._initial))
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
@@ -72,6 +67,15 @@ class Server:
             tau=config.tau,
         )
 
+    @staticmethod
+    def follow(experiment: Experiment, group: Group) -> None:
+        """Be another rank than 0, until that is done."""
+        follow(ServerModel(experiment, FederatedText(experiment, group), group))
+
+    def close(self) -> None:
+        """Be done: the other ranks end."""
+        dismiss(self._model.group)
+
     def examples(self) -> Sequence[int]:
         """Number of training examples of each client."""
         return self._text.examples
@@ -83,6 +87,18 @@ class Server:
     def download(self) -> int:
         """Bytes of the emulator; 0 without one."""
         return len(self._emulator or b"")
+
+    def base_identity(self) -> tuple[Mapping[str, object], int] | None:
+        """What tells the base that clients receive from all others, and the number of its parts.
+
+        None where clients make their base themselves, from the checkpoint.
+        """
+        parts = self._model.parts
+        return None if parts is None else (parts.identity, len(parts))
+
+    def base_part(self, number: int) -> bytes:
+        """One part of the base that clients receive, quantized (safetensors)."""
+        return self._model.part(number)
 
     def encode_broadcast(self, round: int, clients: Collection[int] = ()) -> Broadcast:
         """The quantized state D, made in this round, in every edition.
@@ -199,6 +215,9 @@ class Server:
             )
         if total.clients and self._variates:
             self._renew_variates(round, total.clients, total.direction(), own)
+        if total.clients and self._experiment.server.tune_steps:
+            tuned = self._model.tune(round, self._initial | self._state)
+            self._state = {name: tuned[name] for name in self._state}
         self._aggregator = None
         return state_digest(self._state)
 
@@ -243,8 +262,7 @@ class Server:
         """
         if not self._experiment.evaluation.server:
             return None
-        write_state(self._model, self._initial | self._state)
-        return self._text.evaluate(self._model, self._device)
+        return self._model.evaluate(self._initial | self._state)
 
     def adapter(self) -> dict[str, bytes]:
         """The state as files by name: a PEFT adapter, and what an adapter cannot hold.
@@ -253,7 +271,7 @@ class Server:
         `optimizer.safetensors` what the server's optimiser remembers; `variates.safetensors`
         SCAFFOLD's c; `emulator.sha256` which emulator clients have. Each only where there is any.
         """
-        files = self._files.of(self._initial | self._state)
+        files = self._model.files.of(self._initial | self._state)
         residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
         beside = {
             RESIDUAL: residuals,

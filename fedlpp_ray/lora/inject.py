@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.config import LoraConfig
 from fedlpp_ray.lora.whole import LoraError, check_whole
-from fedlpp_ray.models import head_modules, within
+from fedlpp_ray.models import head_modules, is_sharded, within
 from fedlpp_ray.seeds import global_seed
 
 TARGETS: dict[str, list[str] | str] = {
@@ -67,9 +67,13 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
             warnings.filterwarnings("ignore", category=FutureWarning)
             # It sets this by the layer, and says so of every Conv1D, whose A and B are a Linear's.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            return peft.get_peft_model(model, lora)
+            adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise LoraError(f"lora.targets = {targets}: {error}") from error
+    if any(map(is_sharded, model.modules())):
+        # PEFT calls the model's `forward` alone, and not the hook that begins a pass.
+        adapted.base_model.forward = model.__call__
+    return adapted
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> list[str] | str:
@@ -112,4 +116,4 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 def _smaller_side(layer: nn.Module) -> int:
     if isinstance(layer, nn.Linear):  # a quantized one keeps its weight in another shape
         return min(layer.in_features, layer.out_features)
-    return int(min(layer.weight.shape))  # type: ignore[arg-type]
+    return int(min(layer.nx, layer.nf))  # type: ignore[type-var, arg-type]  # a Conv1D

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.lora.state import ADAPTER
-from fedlpp_ray.models import FrozenLinear, PackedLinear
+from fedlpp_ray.models import FrozenLinear, PackedLinear, is_sharded
+from fedlpp_ray.models.linear import product
 
 _BASES = (nn.Linear, FrozenLinear, Conv1D, PackedLinear)
 
@@ -23,7 +25,8 @@ def merged(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[Non
 
     The sum is taken in fp32 and rounded once to `dtype`. It is a tensor of its own: W0 and the
     adapter are not written to, and after the block the model has its own layers again, bit for bit.
-    A layer of bitsandbytes keeps its branch.
+    A layer of bitsandbytes keeps its branch. One that is spread over ranks is merged whenever it is
+    called, which is when it is whole.
 
     Packed layers are dequantized too, on a CPU those without an adapter as well: once instead of
     in each forward, which decoding calls once a token. That takes, for as long as the block, the
@@ -49,16 +52,28 @@ def merged(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[Non
     finally:
         for parent, name, layer in places:
             parent._modules[name] = layer
+            substitutes[layer].__dict__.pop("forward", None)
 
 
-def _substitutes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, nn.Linear]:
-    """A dense layer for each that is merged or dequantized."""
-    adapted = _adapted(model)
-    found = {layer: _linear(_merge(layer, base, dtype), base) for layer, base in adapted.items()}
+def _substitutes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, nn.Module]:
+    """A layer without branches for each that is merged or dequantized."""
+    adapted, found = _adapted(model), dict[nn.Module, nn.Module]()
+    for layer, base in adapted.items():
+        if is_sharded(base):  # its own hooks make it whole, so it is called itself
+            base.forward = partial(_merged_forward, layer, base, dtype)
+            found[layer] = base
+        else:
+            found[layer] = _linear(_merge(layer, base, dtype), base)
     for layer in set(model.modules()).difference(adapted.values()):
-        if type(layer) is PackedLinear and layer.weight.device.type == "cpu":
+        if type(layer) is not PackedLinear or is_sharded(layer):
+            continue
+        if layer.weight.device.type == "cpu":
             found[layer] = _linear(layer.packed.dequantize(dtype), layer)
     return found
+
+
+def _merged_forward(layer: Any, base: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return product(x, _merge(layer, base, dtype), base.bias)
 
 
 def _adapted(model: nn.Module) -> dict[nn.Module, Any]:

@@ -30,11 +30,14 @@ from fedlpp_ray.models.memory import (
 )
 from fedlpp_ray.models.outline import load_outline
 from fedlpp_ray.models.packed import PackedLinear
+from fedlpp_ray.models.sharded import check_zero, gathered, is_sharded, shard
 from fedlpp_ray.models.shared import Base, share_base
+from fedlpp_ray.models.streamed import BaseParts, receive_base
 
 __all__ = [
     "Base",
     "BaseFormatError",
+    "BaseParts",
     "FrozenLinear",
     "LayersError",
     "PackedLinear",
@@ -42,9 +45,12 @@ __all__ = [
     "cache_bytes",
     "check_base",
     "check_text",
+    "check_zero",
     "emulated_layers",
     "emulator_bytes",
+    "gathered",
     "head_modules",
+    "is_sharded",
     "layer_bytes",
     "load_classifier",
     "load_emulator",
@@ -59,6 +65,8 @@ __all__ = [
     "outer_layers",
     "quantize_base",
     "quantized_bytes",
+    "receive_base",
+    "shard",
     "share_base",
     "trained_modules",
     "unpacked_bytes",

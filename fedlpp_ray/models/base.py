@@ -53,22 +53,32 @@ def quantize_base(
     check_base(model, config, modules_to_save)
     if config.base_bits == FULL_PRECISION:
         return model
-    layers = linears(model, modules_to_save)
+    for name, linear in linears(model, modules_to_save).items():
+        model.set_submodule(name, quantize_layer(linear, config))
+    if config.base_format == "bitsandbytes":
+        bnb.mark_quantized(model, config.base_bits)
+    return model
+
+
+def quantize_layer(linear: nn.Linear, config: ClientConfig) -> nn.Module:
+    """A linear layer in a base's format, or the layer itself at 32 bits.
+
+    Args:
+        linear: One of `linears`; it is not changed.
+        config: `base_bits` and the keys beside it.
+    """
+    if config.base_bits == FULL_PRECISION:
+        return linear
     if config.base_format == "bitsandbytes":
         double = config.base_scale == "double"
-        for name, linear in layers.items():
-            quantized = bnb.quantize_linear(linear, config.base_bits, double=double)
-            model.set_submodule(name, quantized)
-        return bnb.mark_quantized(model, config.base_bits)
+        return bnb.quantize_linear(linear, config.base_bits, double=double)
     quantizer = Quantizer(config.base_bits, config.base_kind, config.base_block, config.base_scale)
-    for name, linear in layers.items():
-        if config.dequantize_at_load:
-            dense = _dequantized(linear.weight, quantizer)
-            linear.weight = nn.Parameter(dense, requires_grad=False)
-            model.set_submodule(name, linear)
-        else:
-            model.set_submodule(name, PackedLinear(linear, quantizer))
-    return model
+    if not config.dequantize_at_load:
+        return PackedLinear(linear, quantizer)
+    dense = FrozenLinear(linear.in_features, linear.out_features, device="meta")
+    dense.weight = nn.Parameter(_dequantized(linear.weight, quantizer), requires_grad=False)
+    dense.bias = linear.bias
+    return dense
 
 
 def _dequantized(weight: Tensor, quantizer: Quantizer) -> Tensor:
@@ -86,13 +96,13 @@ def linears(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Li
     """
     kept = [*head_modules(model), *modules_named(model, modules_to_save)]
     return {
-        name: _as_linear(module) if isinstance(module, Conv1D) else module
+        name: as_linear(module) if isinstance(module, Conv1D) else module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not within(name, kept)
     }
 
 
-def _as_linear(layer: Conv1D) -> nn.Linear:
+def as_linear(layer: Conv1D) -> nn.Linear:
     """y = x W + b with W (in, out) as y = x (W^T)^T + b: the weight is the view W^T (out, in)."""
     linear = FrozenLinear(layer.nx, layer.nf, device="meta")
     linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)

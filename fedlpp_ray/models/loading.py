@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,19 @@ def load_classifier(config: ModelConfig, num_labels: int, pad: int, seed: int) -
 
 
 def read_classifier(
-    config: ModelConfig, num_labels: int, pad: int, seed: int
+    config: ModelConfig, num_labels: int, pad: int, seed: int, *, as_stored: bool = False
 ) -> tuple[torch.nn.Module, list[str]]:
-    """As `load_classifier`, and the names of the parameters that were drawn from `seed`."""
+    """As `load_classifier`, and the names of the parameters that were drawn from `seed`.
+
+    Args:
+        config, num_labels, pad, seed: As `load_classifier`.
+        as_stored: Parameters are what the checkpoint has, in its dtype; those drawn are fp32.
+    """
     with reading(config) as (name, options), quiet(), global_seed(seed, "model"):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=num_labels,
-            dtype=torch.float32,
+            dtype="auto" if as_stored else torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
@@ -88,10 +93,25 @@ def read_classifier(
     head = head_modules(model)
     mismatched = [key for key, *_ in loading["mismatched_keys"]]
     _check_shapes(config, [key for key in mismatched if not within(key, head)])
-    return frozen(model, pad), sorted({*loading["missing_keys"], *mismatched})
+    drawn = sorted({*loading["missing_keys"], *mismatched})
+    if as_stored:
+        with global_seed(seed, "model"):
+            _draw(model, drawn)
+    return frozen(model, pad), drawn
 
 
-def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
+def _draw(model: Any, names: Iterable[str]) -> None:
+    """Draw parameters anew, in fp32; transformers draws what it has not marked."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        empty = torch.empty(getattr(module, leaf).shape, dtype=torch.float32)
+        setattr(module, leaf, torch.nn.Parameter(empty))
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def load_generator(config: ModelConfig, pad: int, *, as_stored: bool = False) -> torch.nn.Module:
     """The causal language model W0 with its pretrained language head, frozen, fp32, in evaluation
     mode.
 
@@ -101,6 +121,7 @@ def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
     Args:
         config: Which model.
         pad: The tokenizer's padding token.
+        as_stored: Parameters are what the checkpoint has, in its dtype.
 
     Raises:
         AssetError: as `load_tokenizer`; or it is an encoder or an encoder-decoder; or its
@@ -111,7 +132,7 @@ def load_generator(config: ModelConfig, pad: int) -> torch.nn.Module:
         check_causal(AutoConfig.from_pretrained(name, **options))
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=torch.float32,
+            dtype="auto" if as_stored else torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,

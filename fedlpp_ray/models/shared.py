@@ -41,15 +41,22 @@ class Base:
     pad: int
     seed: int
 
-    def load(self) -> tuple[nn.Module, list[str]]:
+    def identity(self) -> object | None:
+        """What tells W0's files from all others; None: nothing does."""
+        return model_identity(self.model)
+
+    def load(self, *, as_stored: bool = False) -> tuple[nn.Module, list[str]]:
         """W0 from its checkpoint, and the names of the parameters that it lacks.
+
+        Args:
+            as_stored: In the checkpoint's dtype, so that its files can be mapped as they are.
 
         Raises:
             AssetError: as `load_classifier` and `load_generator`.
         """
         if self.classes is None:
-            return load_generator(self.model, self.pad), []
-        return read_classifier(self.model, self.classes, self.pad, self.seed)
+            return load_generator(self.model, self.pad, as_stored=as_stored), []
+        return read_classifier(self.model, self.classes, self.pad, self.seed, as_stored=as_stored)
 
 
 def share_base(base: Base, config: ClientConfig, whole: Named = lambda model: []) -> nn.Module:
@@ -67,13 +74,13 @@ def share_base(base: Base, config: ClientConfig, whole: Named = lambda model: []
     Raises:
         AssetError, BaseFormatError: it cannot be loaded, or not in this format.
     """
-    identity = model_identity(base.model)
+    identity = base.identity()
     full = config.base_bits == FULL_PRECISION
     if identity is None or (config.base_format == "bitsandbytes" and not full):
         return _quantized(base.load()[0], config, whole)
     skeleton = load_skeleton(base.model, base.classes, base.pad)
     kept = whole(skeleton)
-    key = _key(base, config, identity, kept)
+    key = key_of(base, config, identity, kept)
     if full and not is_there(KIND, key):
         model, drawn = base.load()
         if _is_mapped(model, drawn):
@@ -83,14 +90,14 @@ def share_base(base: Base, config: ClientConfig, whole: Named = lambda model: []
     if base.classes is not None:  # beside the rest, which is the same whatever the seed
         tensors |= share(KIND, key | {"seed": base.seed}, lambda: make()[1])
     quantize_base(skeleton, config, kept)
-    if _places(skeleton).keys() != tensors.keys():  # for instance a head that its checkpoint unties
+    if places(skeleton).keys() != tensors.keys():  # for instance a head that its checkpoint unties
         return _quantized(base.load()[0], config, whole)
-    _fill(skeleton, tensors, kept)
+    fill(skeleton, tensors, kept)
     return skeleton
 
 
-def _key(
-    base: Base, config: ClientConfig, identity: object, kept: Iterable[str]
+def key_of(
+    base: Base, config: ClientConfig, identity: object | None, kept: Iterable[str]
 ) -> dict[str, object]:
     """All that decides what is not drawn; in full precision nothing but W0 does."""
     full = config.base_bits == FULL_PRECISION
@@ -115,7 +122,7 @@ def _parts(base: Base, config: ClientConfig, whole: Named) -> tuple[Tensors, Ten
     modules = {*drawn, *(name.rpartition(".")[0] or name for name in drawn)}
     found = {
         name: tensor.detach().contiguous()
-        for name, (tensor, *_) in _places(_quantized(model, config, whole)).items()
+        for name, (tensor, *_) in places(_quantized(model, config, whole)).items()
     }
     ours = {name: tensor for name, tensor in found.items() if within(name, modules)}
     return {name: tensor for name, tensor in found.items() if name not in ours}, ours
@@ -124,7 +131,7 @@ def _parts(base: Base, config: ClientConfig, whole: Named) -> tuple[Tensors, Ten
 Place = tuple[nn.Module, str]
 
 
-def _places(model: nn.Module) -> dict[str, tuple[Tensor, list[Place]]]:
+def places(model: nn.Module) -> dict[str, tuple[Tensor, list[Place]]]:
     """Every tensor once, by its first name, and where the model has it (tied: several places)."""
     found: dict[int, tuple[str, Tensor, list[Place]]] = {}
     for path, module in model.named_modules():
@@ -135,10 +142,10 @@ def _places(model: nn.Module) -> dict[str, tuple[Tensor, list[Place]]]:
     return {name: (tensor, places) for name, tensor, places in found.values()}
 
 
-def _fill(skeleton: nn.Module, tensors: Tensors, kept: Iterable[str]) -> None:
+def fill(skeleton: nn.Module, tensors: Tensors, kept: Iterable[str]) -> None:
     """Put tensors in the places of those without data; those that will be trained as copies."""
-    places, kept = _places(skeleton), list(kept)
-    for name, (old, where) in places.items():
+    found, kept = places(skeleton), list(kept)
+    for name, (old, where) in found.items():
         new: Any = tensors[name].clone() if within(name, kept) else tensors[name]
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)

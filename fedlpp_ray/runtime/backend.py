@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import (
     Assignment,
@@ -28,9 +29,9 @@ from fedlpp_ray.runtime.jobs import Answer, Job, Pace
 from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER
 from fedlpp_ray.runtime.placement import (
     actors_of,
-    bundles,
     client_actors,
     client_bundle,
+    client_indices,
     in_words,
 )
 from fedlpp_ray.runtime.pool import Pool, Slot
@@ -76,6 +77,7 @@ class RayBackend:
         if self._experiment.emulator.kind != "none":  # the server makes it, so it comes first
             # Of this process: clients that start after the server's node is lost read it too.
             self._emulator = ray.put(self.server.constant("emulator"))
+        self._base = self.server.constant("base_identity") if self._streams else None
         if self._pool is None:
             self._pool = self._make_pool()
         else:
@@ -83,6 +85,11 @@ class RayBackend:
         self.server.wait()
         self.pool.until(lambda: bool(self.pool.working))
         self._pace = Pace(self._steps(self.examples()))
+
+    @property
+    def _streams(self) -> bool:
+        """Whether clients have their base from the server."""
+        return bool(self._experiment.server.zero.stage) and self._experiment.emulator.kind == "none"
 
     def begin(self, experiment: Experiment) -> bool:
         """Start another run in the same actors; False where it needs others."""
@@ -120,13 +127,14 @@ class RayBackend:
     def _start(self, slot: Slot) -> tuple[Any, Any]:
         """A client actor in its bundle, or, beyond those reserved, wherever there is room."""
         experiment = self._experiment
-        reserved = slot.number + 1 < len(bundles(experiment))
-        index = slot.number + 1 if reserved else None
-        actor = slot.actor or actor_in(self._group, index, experiment)
+        indices = client_indices(experiment, slot.number)
+        actor = slot.actor or actor_in(self._group, indices, experiment)
         if slot.room != 1.0:
             share = min(1.0, experiment.runtime.client_gpus * slot.room)
             experiment = experiment.with_values({"runtime.client_gpus": share})
-        return actor, actor.start.remote(CLIENT_HOST, experiment, slot.number, self._emulator)
+        stream = BaseStream.of(self._base, partial(_part_of, self.server.actor))
+        arguments = experiment, slot.number, self._emulator, stream
+        return actor, actor.start.remote(CLIENT_HOST, *arguments)
 
     def _steps(self, examples: Sequence[int]) -> Any:
         config, size = self._experiment.federation, self._experiment.client.batch_size
@@ -270,3 +278,8 @@ class RayBackend:
         if self._put.get(made, (None,))[0] != broadcast:
             self._put[made] = (broadcast, ray.put(broadcast))
         return self._put[made][1]
+
+
+def _part_of(server: Any, number: int) -> bytes:
+    """A part of the base, from the server's actor."""
+    return ray.get(server.call.remote("base_part", number))  # type: ignore[no-any-return]

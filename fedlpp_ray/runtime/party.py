@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import importlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.records import ClientReport, report
+from fedlpp_ray.runtime.ranks import Ranks
 
 SERVER = "fedlpp_ray.federation.server:Server"
 CLIENT_HOST = "fedlpp_ray.federation.client:ClientHost"
@@ -46,7 +49,14 @@ class Party:
     """A server or a client host, imported only where it runs, and made anew by every `start`.
 
     An actor outlives its party: what takes seconds to import serves the next run too.
+
+    Args:
+        others: Of a party of several ranks, the options of the actors that are the others.
     """
+
+    def __init__(self, others: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._others, self._ranks = others, cast(Ranks | None, None)
+        self._party: Any = None
 
     def start(self, name: str, *arguments: Any) -> Place:
         """Make the party. Not in the constructor, whose errors reach a caller as text only.
@@ -55,17 +65,42 @@ class Party:
             name: `module:class`.
             arguments: The party's own.
         """
-        self._party: Any = None  # the old one goes before the new one comes
+        if self._ranks and self._party:
+            self._party.close()
+        self._party = None  # the old one goes before the new one comes
         gc.collect()
         module, _, kind = name.partition(":")
         place = _place()
-        try:
-            self._party = getattr(importlib.import_module(module), kind)(*arguments)
-        except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported for this
-                raise OutOfMemoryError(str(error), place) from error
-            raise
+        with self._in_step():
+            together = {}
+            if self._others:
+                self._ranks = self._ranks or Ranks(self._others)
+                self._ranks.begin(name, arguments)
+                together = {"group": self._ranks.group}
+            try:
+                self._party = getattr(importlib.import_module(module), kind)(*arguments, **together)
+            except Exception as error:
+                # torch's; it is not imported for this
+                if type(error).__name__ == "OutOfMemoryError":
+                    raise OutOfMemoryError(str(error), place) from error
+                raise
         return place
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Look at the other ranks where this one fails: the reason may be there.
+
+        Raises:
+            RankLost, UserError: as `Ranks.check`.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            if self._ranks:
+                self._ranks.check()
+            raise
 
     def peak(self) -> int:
         """Peak memory of this process, in bytes: of its GPU once it uses one."""
@@ -81,7 +116,8 @@ class Party:
 
         References in a mapping are resolved.
         """
-        result = getattr(self._party, method)(*map(_resolved, arguments))
+        with self._in_step():
+            result = getattr(self._party, method)(*map(_resolved, arguments))
         if isinstance(result, Iterator):
             return list(result)
         return result() if callable(result) else result
@@ -89,11 +125,14 @@ class Party:
     def evaluate(self, *arguments: Any) -> tuple[Any, Any, float]:
         """Evaluate a client: what it has before and after training, and the seconds it took."""
         start = time.perf_counter()
-        return (*self._party.evaluate(*arguments), time.perf_counter() - start)
+        with self._in_step():
+            found = self._party.evaluate(*arguments)
+        return (*found, time.perf_counter() - start)
 
     def train(self, *arguments: Any) -> tuple[ClientReport, bytes]:
         """Train a client: two results, so that the update goes to the server alone."""
-        update = self._party.train(*arguments)
+        with self._in_step():
+            update = self._party.train(*arguments)
         return report(update), update.payload
 
 

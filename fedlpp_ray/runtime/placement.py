@@ -1,4 +1,4 @@
-"""What a run reserves: one bundle for the server, one for each client actor."""
+"""What a run reserves: a bundle for each rank of the server, then for each of the client actors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from fedlpp_ray.runtime.growth import growth
 from fedlpp_ray.runtime.watch import what_is_missing
 
 Bundle = dict[str, float]
-SERVER_BUNDLE = 0
-"""Index of the server's bundle; client actor i has bundle i + 1."""
 STRATEGY = "PACK"
 
 
@@ -32,26 +30,39 @@ def client_actors(experiment: Experiment) -> int:
 def actors_of(experiment: Experiment) -> tuple[Any, ...]:
     """What two runs must have in common if the second is to use the actors of the first."""
     federated = experiment.method == "federated"
-    return federated, experiment.runtime, client_actors(experiment)
+    ranks = experiment.server.num_workers, experiment.client.num_workers
+    return federated, experiment.runtime, client_actors(experiment), ranks
 
 
 def bundles(experiment: Experiment) -> list[Bundle]:
-    """The reservation of a run: the server's bundle, then one for each client actor.
+    """The reservation of a run: bundles of the server's ranks, then of each client actor's.
 
     With `runtime.min_client_actors` it has so many of these, and the other actors join when there
     is room. A run that is no federation has the server's alone.
     """
     runtime = experiment.runtime
-    server = _bundle(runtime.server_cpus, runtime.server_gpus)
+    server = [_bundle(runtime.server_cpus, runtime.server_gpus)] * experiment.server.num_workers
     if experiment.method != "federated":
-        return [server]
+        return server
     most = client_actors(experiment)
     reserved = min(most, runtime.min_client_actors or most)
-    return [server] + [client_bundle(experiment)] * reserved
+    return server + [client_bundle(experiment)] * experiment.client.num_workers * reserved
+
+
+def server_indices(experiment: Experiment) -> range:
+    """Of the bundles of the server's ranks."""
+    return range(experiment.server.num_workers)
+
+
+def client_indices(experiment: Experiment, number: int) -> range:
+    """Of the bundles of a client actor's ranks; empty if none is reserved for it."""
+    size = experiment.client.num_workers
+    first = experiment.server.num_workers + number * size
+    return range(first, first + size) if first < len(bundles(experiment)) else range(0)
 
 
 def client_bundle(experiment: Experiment) -> Bundle:
-    """What one client actor takes."""
+    """What one rank of a client actor takes."""
     return _bundle(experiment.runtime.client_cpus, experiment.runtime.client_gpus)
 
 
@@ -59,10 +70,14 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def check_fits(needed: list[Bundle]) -> None:
+def check_fits(needed: list[Bundle], ranks: int = 1) -> None:
     """Refuse at once what the connected cluster can never give.
 
     Counts the nodes that an autoscaler may still start.
+
+    Args:
+        needed: As `bundles` returns them.
+        ranks: So many of them, the first, are of the server.
 
     Raises:
         PlacementError: stating what is required and what is available.
@@ -79,20 +94,24 @@ def check_fits(needed: list[Bundle]) -> None:
     for resource in dict.fromkeys(key for bundle in needed for key in bundle):
         units = sum(_units(bundle.get(resource, 0)) for bundle in needed)
         required[resource] = units / _UNITS
-    server, *clients = needed
+    server, clients = needed[0], needed[ranks:]
     for resource, amount in required.items():
         if amount > most.get(resource, 0):
             raise PlacementError(
-                f"the run requires {amount:g} {resource} (1 server and {len(clients)} client "
-                f"actors); the cluster has {most.get(resource, 0):g}. {_ADVICE}"
+                f"the run requires {amount:g} {resource} ({ranks} for the server and "
+                f"{len(clients)} for client actors); the cluster has {most.get(resource, 0):g}. "
+                f"{_ADVICE}"
             )
-    if not clients:
-        return
-    room = max(_room(nodes, server, clients[0], home) for home in range(len(nodes)))
+    room = _room(nodes, server, ranks, clients[0] if clients else server)
+    if room < 0:
+        raise PlacementError(
+            f"the server requires {ranks} times {in_words(server)}; the cluster's nodes and GPUs "
+            f"have no room for that. {_ADVICE}"
+        )
     if room < len(clients):
         raise PlacementError(
             f"the run requires {len(clients)} client actors with {in_words(clients[0])} each; "
-            f"beside the server the cluster's nodes and GPUs have room for {max(room, 0)} (an "
+            f"beside the server the cluster's nodes and GPUs have room for {room} (an "
             "actor takes all of its bundle from one node, and a share of a GPU from one GPU). "
             f"{_ADVICE}"
         )
@@ -100,7 +119,7 @@ def check_fits(needed: list[Bundle]) -> None:
 
 _ADVICE = (
     "Lower runtime.client_actors, client_cpus, client_gpus, server_cpus or server_gpus, "
-    "or use a larger cluster"
+    "or server.num_workers or client.num_workers, or use a larger cluster"
 )
 
 
@@ -112,27 +131,34 @@ def _holds(node: Bundle, bundle: Bundle) -> bool:
     return all(amount <= node.get(key, 0) for key, amount in bundle.items())
 
 
-def _room(nodes: list[Bundle], server: Bundle, client: Bundle, home: int) -> int:
-    """Client actors for which there is room when the server is on node `home`, or -1."""
-    if not _holds(nodes[home], server):
-        return -1
-    return sum(
-        _room_on(node, server if number == home else {}, client)
-        for number, node in enumerate(nodes)
-    )
+def _room(nodes: list[Bundle], server: Bundle, ranks: int, client: Bundle) -> int:
+    """Client bundles for which there is room beside the server's, wherever these are; or -1."""
+    most = [0] + [-1] * ranks  # by the number of the server's bundles that have a place
+    for node in nodes:
+        beside = [_room_on(node, [server] * count, client) for count in range(ranks + 1)]
+        most = [
+            max(
+                (most[i - j] + beside[j] for j in range(i + 1) if min(most[i - j], beside[j]) >= 0),
+                default=-1,
+            )
+            for i in range(ranks + 1)
+        ]
+    return most[ranks]
 
 
-def _room_on(node: Bundle, server: Bundle, client: Bundle) -> int:
-    """Client actors on one node; a share of a GPU comes from one GPU."""
-    cpus = _units(node.get("CPU", 0)) - _units(server.get("CPU", 0))
-    by_cpu = cpus // _units(client["CPU"])
-    share, used = _units(client.get("GPU", 0)), _units(server.get("GPU", 0))
-    if not share:
-        return by_cpu
+def _room_on(node: Bundle, servers: list[Bundle], client: Bundle) -> int:
+    """Client bundles on one node beside some of the server's, or -1; a share comes of one GPU."""
+    cpus = _units(node.get("CPU", 0)) - sum(_units(each.get("CPU", 0)) for each in servers)
     gpus = [_units(1)] * int(node.get("GPU", 0))
-    if used:
-        gpus[0] -= used
-    return min(by_cpu, sum(gpu // share for gpu in gpus))
+    for used in filter(None, (_units(each.get("GPU", 0)) for each in servers)):
+        fitting = [number for number, free in enumerate(gpus) if free >= used]
+        if not fitting:
+            return -1
+        gpus[min(fitting, key=gpus.__getitem__)] -= used
+    if cpus < 0:
+        return -1
+    by_cpu, share = cpus // _units(client["CPU"]), _units(client.get("GPU", 0))
+    return min(by_cpu, sum(gpu // share for gpu in gpus)) if share else by_cpu
 
 
 def _units(amount: float) -> int:
@@ -167,7 +193,7 @@ def reserve(experiment: Experiment) -> Iterator[PlacementGroup]:
         PlacementError: the cluster can never give them, or has not in `runtime.start_timeout`.
     """
     needed = bundles(experiment)
-    check_fits(needed)
+    check_fits(needed, experiment.server.num_workers)
     group = placement_group(needed, strategy=STRATEGY)
     try:
         if not group.wait(experiment.runtime.start_timeout):

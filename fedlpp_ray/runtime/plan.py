@@ -110,7 +110,7 @@ def show_plan(experiment: Experiment, console: Console, *, most_trials: int = 1)
     Raises:
         PlacementError: as `check_fits` for one run, and as `Plan.check`.
     """
-    check_fits(bundles(experiment))
+    check_fits(bundles(experiment), experiment.server.num_workers)
     made = plan(experiment, cluster_nodes(experiment), most_trials=most_trials)
     for line in made.lines():
         console.print(line, highlight=False, markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -15,7 +15,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.backend import ServerLost
 from fedlpp_ray.runtime.party import Party
-from fedlpp_ray.runtime.placement import SERVER_BUNDLE, PlacementError, bundles, client_bundle
+from fedlpp_ray.runtime.placement import (
+    Bundle,
+    PlacementError,
+    bundles,
+    client_bundle,
+    server_indices,
+)
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.watch import what_is_missing
 
@@ -43,7 +49,7 @@ class ServerActor:
 
     def renew(self, experiment: Experiment) -> None:
         """Put a new actor in the place of one that is gone."""
-        self.actor = actor_in(self._group, SERVER_BUNDLE, experiment)
+        self.actor = actor_in(self._group, server_indices(experiment), experiment)
         self.begin(experiment)
 
     def begin(self, experiment: Experiment) -> None:
@@ -110,7 +116,9 @@ class ServerActor:
         """
         try:
             return self._reactor.get(reference)
-        except RayTaskError:
+        except RayTaskError as error:
+            if isinstance(error.cause, RayError):  # what it needed is gone, such as another rank
+                raise ServerLost(str(error.cause)) from error
             raise
         except RayError as error:
             raise ServerLost(str(error)) from error
@@ -128,16 +136,28 @@ class ServerActor:
         ray.kill(self.actor)
 
 
-def actor_in(group: PlacementGroup, index: int | None, experiment: Experiment) -> Any:
-    """A new actor that takes the whole of its bundle, or None: what a client needs, anywhere."""
-    needed = client_bundle(experiment) if index is None else bundles(experiment)[index]
-    pinned = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index or 0)
-    return (
-        ray.remote(Party)
-        .options(
-            num_cpus=needed["CPU"],
-            num_gpus=needed.get("GPU", 0),
-            scheduling_strategy="DEFAULT" if index is None else pinned,
-        )
-        .remote()
-    )
+def actor_in(group: PlacementGroup, indices: Sequence[int], experiment: Experiment) -> Any:
+    """A new actor, each of whose ranks takes the whole of a bundle.
+
+    Args:
+        group: Reservation.
+        indices: Of the bundles; none: what a client needs, anywhere.
+        experiment: What to run.
+    """
+    if indices:
+        reserved = bundles(experiment)
+        options = [
+            _options(reserved[i], PlacementGroupSchedulingStrategy(group, i)) for i in indices
+        ]
+    else:
+        options = [_options(client_bundle(experiment))] * experiment.client.num_workers
+    first, *others = options
+    return ray.remote(Party).options(**first).remote(others)
+
+
+def _options(needed: Bundle, where: Any = "DEFAULT") -> dict[str, Any]:
+    return {
+        "num_cpus": needed["CPU"],
+        "num_gpus": needed.get("GPU", 0),
+        "scheduling_strategy": where,
+    }

@@ -67,7 +67,7 @@ def run_sweep(
     """
     check_shared(storage)
     for experiment in space.experiments():
-        check_fits(bundles(experiment))
+        check_fits(bundles(experiment), experiment.server.num_workers)
     trainable = tune.with_resources(
         partial(run_trial, base=space.base),
         lambda config: trial_resources(_experiment(space, config)),

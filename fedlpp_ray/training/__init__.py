@@ -13,6 +13,7 @@ from fedlpp_ray.training.evaluation import (
     classification_evaluator,
     generation_evaluator,
 )
+from fedlpp_ray.training.group import ALONE, Group, dismiss, follow, together
 from fedlpp_ray.training.local import Training
 from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.rules import (
@@ -29,10 +30,12 @@ from fedlpp_ray.training.rules import (
 )
 
 __all__ = [
+    "ALONE",
     "ClientRule",
     "Descent",
     "Evaluator",
     "FedProx",
+    "Group",
     "Scaffold",
     "Schedule",
     "Subnetwork",
@@ -42,13 +45,16 @@ __all__ = [
     "compute_dtype",
     "computing",
     "configure_torch",
+    "dismiss",
     "distill",
+    "follow",
     "generation_evaluator",
     "next_server_variate",
     "predictions",
     "process_peak",
     "schedule_factor",
     "smoothed_loss",
+    "together",
     "whole_descent",
     "write",
 ]

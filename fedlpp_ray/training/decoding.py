@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedlpp_ray.config import GenerationConfig
 from fedlpp_ray.models import no_repeat
+from fedlpp_ray.training.group import ALONE, Group
 
 Tokens = list[int]
 
@@ -23,6 +24,7 @@ def write(
     stop: Sequence[int],
     batch_size: int,
     device: torch.device,
+    group: Group = ALONE,
 ) -> list[Tokens]:
     """What the model writes after each prompt; the likeliest text that the search finds.
 
@@ -37,6 +39,7 @@ def write(
         stop: Token ids that end a text.
         batch_size: Prompts at a time; each takes `config.beams` rows.
         device: Where the model is.
+        group: Ranks that share the batches; all of them write at the same time.
 
     Returns:
         The tokens written after each prompt, up to a stop token, which is left out.
@@ -46,9 +49,9 @@ def write(
         search = {"length_penalty": config.length_penalty, "early_stopping": False}
         search["num_beams"] = config.beams
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    written: dict[int, Tokens] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def complete(chosen: Sequence[int]) -> list[Tokens]:
         inputs = {k: v.to(device) for k, v in pad_left([prompts[i] for i in chosen], pad).items()}
         length = inputs["input_ids"].shape[1]
         with torch.no_grad():
@@ -60,9 +63,12 @@ def write(
                 pad_token_id=pad,
                 eos_token_id=list(stop),
                 logits_processor=no_repeat(config.no_repeat_ngram, length),
+                synced_gpus=group.size > 1,  # who is done goes on until all ranks are
             )
-        for i, tokens in zip(chosen, output[:, length:].tolist(), strict=True):
-            written[i] = _until(tokens, stop)
+        return [_until(tokens, stop) for tokens in output[:, length:].tolist()]
+
+    texts = (text for chunk in group.map(complete, chunks) for text in chunk)
+    written = dict(zip(order, texts, strict=True))
     return [written[i] for i in range(len(prompts))]
 
 

@@ -27,13 +27,16 @@ from fedlpp_ray.tasks import (
 )
 from fedlpp_ray.training.decoding import write
 from fedlpp_ray.training.device import compute_dtype, computing
+from fedlpp_ray.training.group import ALONE, Group
 from fedlpp_ray.training.loss import predictions
 
 Evaluator = Callable[[nn.Module, torch.device], Metrics]
 """Measures a model, which is left in evaluation mode."""
 
 
-def classification_evaluator(encoded: Encoded, pad: int, experiment: Experiment) -> Evaluator:
+def classification_evaluator(
+    encoded: Encoded, pad: int, experiment: Experiment, group: Group = ALONE
+) -> Evaluator:
     """Measures the task's metrics; `utility` is that which the experiment names.
 
     All are NaN where a logit is not finite: the model has diverged.
@@ -42,12 +45,13 @@ def classification_evaluator(encoded: Encoded, pad: int, experiment: Experiment)
         encoded: The held-out examples.
         pad: Token id to pad with.
         experiment: Batch size and utility.
+        group: Ranks that share the batches; all of them measure at the same time.
     """
     batches = evaluation_batches(encoded, pad, experiment.evaluation.batch_size)
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
         with _reading(model, device):
-            logits = [predictions(model, batch, device)[0].float().cpu() for batch in batches]
+            logits = group.map(lambda x: predictions(model, x, device)[0].float().cpu(), batches)
         labels = torch.cat([batch["labels"] for batch in batches])
         found = torch.cat(logits)
         return _checked(classification_metrics(found, labels), found.isfinite().all(), experiment)
@@ -56,7 +60,11 @@ def classification_evaluator(encoded: Encoded, pad: int, experiment: Experiment)
 
 
 def generation_evaluator(
-    held_out: Prompts, wording: Wording, pad: int, experiment: Experiment
+    held_out: Prompts,
+    wording: Wording,
+    pad: int,
+    experiment: Experiment,
+    group: Group = ALONE,
 ) -> Evaluator:
     """Measures the references' likelihood, and what the model writes against them.
 
@@ -69,6 +77,7 @@ def generation_evaluator(
         wording: Of the model's tokenizer.
         pad: Token id to pad with.
         experiment: Decoding, batch size and utility.
+        group: Ranks that share the batches; all of them measure at the same time.
     """
     size, config = experiment.evaluation.batch_size, experiment.generation
     batches = evaluation_batches(wording.encode(held_out), pad, size)
@@ -78,7 +87,7 @@ def generation_evaluator(
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
         with _reading(model, device):
-            found = _likelihood(model, batches, device)
+            found = _likelihood(model, batches, device, group)
             tokens = write(
                 model,
                 prompts,
@@ -87,6 +96,7 @@ def generation_evaluator(
                 stop=wording.stop,
                 batch_size=max(1, size // config.beams),
                 device=device,
+                group=group,
             )
         finite = math.isfinite(found["loss"])
         if prompts:
@@ -96,14 +106,17 @@ def generation_evaluator(
     return measure
 
 
-def _likelihood(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> Metrics:
-    total, tokens = 0.0, 0
-    for batch in batches:
+def _likelihood(
+    model: nn.Module, batches: Sequence[Batch], device: torch.device, group: Group
+) -> Metrics:
+    def measure(batch: Batch) -> tuple[float, int]:
         logits, labels = predictions(model, batch, device)
         known = labels != IGNORED  # of the others' logits, no second copy is made
         logits = logits[known].float()
-        total += cross_entropy(logits, labels[known], reduction="sum").item()
-        tokens += len(logits)
+        return cross_entropy(logits, labels[known], reduction="sum").item(), len(logits)
+
+    found = group.map(measure, batches)
+    total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
     loss = total / tokens
     return {"log_likelihood": -loss, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from fedlpp_ray.config import ClientConfig
 from fedlpp_ray.lora import trainable
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.tasks import Encoded, collate, epoch_order
+from fedlpp_ray.tasks import IGNORED, Encoded, collate, epoch_order
 from fedlpp_ray.training.device import compute_dtype, computing
+from fedlpp_ray.training.group import ALONE, Group
 from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.rules import PLAIN, ClientRule, Descent
 
@@ -34,6 +35,8 @@ class Training:
         device: Where the model is.
         descent: Which optimizer, and its learning rate from step to step.
         rules: Corrections of the gradient, in this order; each is used for this training only.
+        group: Ranks that share each batch; all of them train at the same time. The gradient is
+            that of the batch, and dropout is another on each rank.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class Training:
         device: torch.device,
         descent: Descent = PLAIN,
         rules: Sequence[ClientRule] = (),
+        group: Group = ALONE,
     ) -> None:
         self._model, self._examples, self._config = model, examples, config
-        self._pad, self._device, self._rules = pad, device, rules
+        self._pad, self._device, self._rules, self._group = pad, device, rules, group
         self._steps, self._travelled = steps, descent.travelled(config.lr, steps)
         self._parameters, self._dtype = trainable(model), compute_dtype(model)
         self._optimizer = descent.make(self._parameters, config.lr, config.weight_decay)
@@ -58,7 +62,8 @@ class Training:
         self._order = generator(seed, "order")
         self._queue: list[int] = []
         with torch.random.fork_rng():
-            torch.manual_seed(derive(seed, "dropout"))
+            own = (group.rank,) if group.rank else ()
+            torch.manual_seed(derive(seed, "dropout", *own))
             self._random = self._generators()
         for rule in rules:
             rule.start(self._parameters)
@@ -82,21 +87,39 @@ class Training:
             losses = [self._step() for _ in range(steps)]
             self._random = self._generators()
         # Read once: reading a number of a GPU waits for all that it has to do.
-        total: float = sum(torch.stack(losses).tolist())
+        found = torch.stack(losses)
+        self._group.add([found])
+        total: float = sum(found.tolist())
         return total / steps
 
     def _step(self) -> Tensor:
-        batch = collate([self._examples[i] for i in self._choose()], self._pad)
-        with computing(self._dtype, self._device):
-            logits, labels = predictions(self._model, batch, self._device)
-            loss = smoothed_loss(logits, labels, self._config.label_smoothing)
+        loss = self._loss(self._choose())
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        self._group.add([p.grad for p in self._parameters.values() if p.grad is not None])
         for rule in self._rules:
             rule.adjust(self._parameters)
         self._optimizer.step()
         self._schedule.step()
         return loss.detach()
+
+    def _loss(self, chosen: Sequence[int]) -> Tensor:
+        """This rank's part of the mean loss of a batch."""
+        own = self._group.part(chosen)
+        # A rank without any runs the model all the same, as a sharded one needs.
+        batch = collate([self._examples[i] for i in own or chosen[:1]], self._pad)
+        with computing(self._dtype, self._device):
+            logits, labels = predictions(self._model, batch, self._device)
+            loss = smoothed_loss(logits, labels, self._config.label_smoothing)
+        if self._group.size == 1:
+            return loss
+        share = self._targets(own) / self._targets(chosen)
+        return loss * share if share else logits.sum() * 0.0
+
+    def _targets(self, chosen: Sequence[int]) -> int:
+        """Labels over which the loss of some examples is the mean."""
+        labels = [self._examples[i][1] for i in chosen]
+        return sum(1 if isinstance(x, int) else int((x[1:] != IGNORED).sum()) for x in labels)
 
     def _choose(self) -> list[int]:
         """The next batch's examples."""

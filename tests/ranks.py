@@ -1,0 +1,66 @@
+"""Processes that are the ranks of one party, for tests of what they do together without Ray."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import multiprocessing
+
+
+class Ranks:
+    """So many processes in one group of torch.distributed.
+
+    Args:
+        size: Number of ranks.
+        folder: Where they meet.
+    """
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(size)]
+        self._pipes = [ours for ours, _ in pairs]
+        meeting = f"file://{folder / f'meeting-{size}'}"
+        self._processes = [
+            context.Process(target=_serve, args=(rank, size, meeting, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Have every rank call `function(group, *arguments)`; returns their results."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        found = [pipe.recv() for pipe in self._pipes]
+        for failed, result in found:
+            if failed:
+                raise AssertionError(result)
+        return [result for _, result in found]
+
+    def close(self) -> None:
+        """End them."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from fedlpp_ray.training import Group
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    group = Group.joined()
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((False, function(group, *arguments)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
