@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -34,6 +34,10 @@ FP32 = 4
 PROCESS = 512 * MIB
 """A process on the CPU with torch, transformers, PEFT, a tokenizer and texts: measured, 480 to
 560 MiB of which the imports are 435 (torch 2.13, Python 3.11). Large corpora come on top."""
+WITH_DEEPSPEED = PROCESS + 96 * MIB
+"""The same with DeepSpeed, which a rank that shares its base by ZeRO imports too."""
+PREFETCH = "stage3_prefetch_bucket_size"
+"""DeepSpeed's key for how many numbers it gathers ahead."""
 CUDA_CONTEXT = 512 * MIB
 """What CUDA keeps of a card for each process outside of torch's allocator: about half a GiB."""
 
@@ -63,6 +67,9 @@ class Footprint:
             logits of evaluation.batch_size texts of full length, and the keys and values of a
             search.
         on_gpu: Whether the party has a share of a GPU.
+
+    Of a party that is spread over ranks, all is of one of them: by ZeRO-3 it has its part of the
+    base, in `weights`, and what is gathered at a time.
     """
 
     process: int
@@ -145,12 +152,15 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
         config = experiment.client
         if experiment.emulator.kind != "none":
             base = make_emulator(base, experiment.emulator, experiment.adapter.outer)
-    whole = modules_named(base, experiment.lora.modules_to_save)
-    whole += trained_modules(base, experiment.adapter)
-    dense, stored = quantized_bytes(base, config, whole)
-    unpacked = 0 if on_gpu else unpacked_bytes(base, config, whole)
+    kept = modules_named(base, experiment.lora.modules_to_save)
+    kept += trained_modules(base, experiment.adapter)
+    dense, stored = quantized_bytes(base, config, kept)
+    unpacked = 0 if on_gpu else unpacked_bytes(base, config, kept)
     moved = weight_bytes(base) - dense + stored
-    training = _training(base, experiment) if trains else 0
+    party = experiment.client if role == "client" else experiment.server
+    learns = trains or experiment.server.tune_steps > 0
+    training = _training(base, experiment, party.num_workers) if learns else 0
+    largest = FP32 * max(parameter.numel() for parameter in base.parameters())
     evaluation = _evaluation(base, experiment)
     model = _adapted(base, experiment, trains=trains)  # from here on the base has an adapter
     maps = config.base_format == "packed" and experiment.emulator.kind == "none" and not on_gpu
@@ -159,7 +169,7 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     made = stored
     if half:  # of what is frozen, packed layers excepted
         made += (_frozen_bytes(model) - dense + stored * config.dequantize_at_load) // 2
-    return Footprint(
+    whole = Footprint(
         process=PROCESS,
         loading=loading,
         shared=made if maps else 0,
@@ -169,6 +179,17 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
         training=training,
         evaluation=evaluation + (merged // 2 if half else merged),
         on_gpu=on_gpu,
+    )
+    if not party.zero.stage:
+        return whole
+    ahead = FP32 * int((party.zero.model_extra or {}).get(PREFETCH, 50_000_000))
+    return replace(
+        whole,
+        process=WITH_DEEPSPEED,
+        loading=0,  # mapped pages are let go when they have been read
+        shared=0,
+        weights=-(-moved // party.num_workers) + 2 * largest + min(ahead, moved),
+        evaluation=evaluation + largest,
     )
 
 
@@ -205,8 +226,9 @@ def _length(experiment: Experiment) -> int:
     return experiment.task.max_length + written + prompt
 
 
-def _training(base: nn.Module, experiment: Experiment) -> int:
-    batch = experiment.client.batch_size, _length(experiment)
+def _training(base: nn.Module, experiment: Experiment, ranks: int) -> int:
+    """Of a rank's part of a batch."""
+    batch = -(-experiment.client.batch_size // ranks), _length(experiment)
     return activation_bytes(base, *batch) + logits_bytes(base, *batch)
 
 

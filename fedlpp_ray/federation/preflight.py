@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 from fedlpp_ray.config import Experiment, Section
 from fedlpp_ray.federation.combinations import check_combinations
+from fedlpp_ray.federation.spread import check_spread
 from fedlpp_ray.lora import add_adapter
 from fedlpp_ray.models import (
     check_base,
     check_text,
+    check_zero,
     load_outline,
     load_tokenizer,
     make_emulator,
@@ -35,6 +37,9 @@ def check(experiments: Iterable[Experiment]) -> None:
     experiments = list(experiments)
     for experiment in experiments:
         check_combinations(experiment)
+        check_spread(experiment)
+        check_zero(experiment.server.zero, "server.zero")
+        check_zero(experiment.client.zero, "client.zero")
     for config in {experiment.task for experiment in experiments}:
         task = load_task(config)
         users = [experiment for experiment in experiments if experiment.task == config]

@@ -31,12 +31,11 @@ from fedlpp_ray.runtime.placement import (
     actors_of,
     client_actors,
     client_bundle,
-    client_indices,
     in_words,
 )
 from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
-from fedlpp_ray.runtime.server import ServerActor, actor_in
+from fedlpp_ray.runtime.server import ServerActor, client_in
 from fedlpp_ray.runtime.sums import AtServer, OnNodes, Sums
 
 
@@ -127,8 +126,7 @@ class RayBackend:
     def _start(self, slot: Slot) -> tuple[Any, Any]:
         """A client actor in its bundle, or, beyond those reserved, wherever there is room."""
         experiment = self._experiment
-        indices = client_indices(experiment, slot.number)
-        actor = slot.actor or actor_in(self._group, indices, experiment)
+        actor = slot.actor or client_in(self._group, slot.number, experiment)
         if slot.room != 1.0:
             share = min(1.0, experiment.runtime.client_gpus * slot.room)
             experiment = experiment.with_values({"runtime.client_gpus": share})

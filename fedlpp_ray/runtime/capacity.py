@@ -19,7 +19,7 @@ class Actors:
 
     Attributes:
         role: Their part.
-        count: How many; 0 clients in a run that is no federation.
+        count: How many, each rank one; 0 clients in a run that is no federation.
         cpus, gpus: What each reserves.
         peak: Memory of each.
     """
@@ -32,7 +32,8 @@ class Actors:
 
     def words(self, threads: int) -> str:
         """One line: how many, on what, with how much memory and why."""
-        many, each = (f"{self.count} x ", " each") if self.role == "client" else ("", "")
+        alone = self.role == "server" and self.count == 1
+        many, each = ("", "") if alone else (f"{self.count} x ", " each")
         gpu = f" + {self.gpus:g} GPU" if self.gpus else ""
         where = " of the GPU" if self.gpus else ""
         return (

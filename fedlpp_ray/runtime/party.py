@@ -51,10 +51,10 @@ class Party:
     An actor outlives its party: what takes seconds to import serves the next run too.
 
     Args:
-        others: Of a party of several ranks, the options of the actors that are the others.
+        others: Of a party of ranks, the options of the actors that are the others.
     """
 
-    def __init__(self, others: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, others: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._others, self._ranks = others, cast(Ranks | None, None)
         self._party: Any = None
 
@@ -73,7 +73,7 @@ class Party:
         place = _place()
         with self._in_step():
             together = {}
-            if self._others:
+            if self._others is not None:
                 self._ranks = self._ranks or Ranks(self._others)
                 self._ranks.begin(name, arguments)
                 together = {"group": self._ranks.group}

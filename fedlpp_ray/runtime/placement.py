@@ -30,8 +30,8 @@ def client_actors(experiment: Experiment) -> int:
 def actors_of(experiment: Experiment) -> tuple[Any, ...]:
     """What two runs must have in common if the second is to use the actors of the first."""
     federated = experiment.method == "federated"
-    ranks = experiment.server.num_workers, experiment.client.num_workers
-    return federated, experiment.runtime, client_actors(experiment), ranks
+    spread = [(x.num_workers, x.zero.stage) for x in (experiment.server, experiment.client)]
+    return federated, experiment.runtime, client_actors(experiment), spread
 
 
 def bundles(experiment: Experiment) -> list[Bundle]:
@@ -98,8 +98,8 @@ def check_fits(needed: list[Bundle], ranks: int = 1) -> None:
     for resource, amount in required.items():
         if amount > most.get(resource, 0):
             raise PlacementError(
-                f"the run requires {amount:g} {resource} ({ranks} for the server and "
-                f"{len(clients)} for client actors); the cluster has {most.get(resource, 0):g}. "
+                f"the run requires {amount:g} {resource} (server: {ranks}, client "
+                f"actors: {len(clients)}); the cluster has {most.get(resource, 0):g}. "
                 f"{_ADVICE}"
             )
     room = _room(nodes, server, ranks, clients[0] if clients else server)

@@ -54,7 +54,7 @@ class Plan:
         cores = counted(all_cores(self.nodes), "core")
         rest = "; the server rests while clients train" if self.clients.count else ""
         trials = f"{counted(self.trials, 'trial')} side by side, " if self.trials > 1 else ""
-        busy = _busy(self.clients.count, self.threads, self.trials)
+        busy = _busy(self.server.count, self.clients.count, self.threads, self.trials)
         found.append(f"  load    {trials}{counted(busy, 'thread')} at a time on {cores}{rest}")
         return found + [f"  note    {note}" for note in self.notes]
 
@@ -86,14 +86,15 @@ def plan(experiment: Experiment, nodes: Sequence[Node], *, most_trials: int = 1)
     """
     runtime, federated = experiment.runtime, experiment.method == "federated"
     expected = expected_peak(experiment, "server")
-    server = Actors("server", 1, runtime.server_cpus, runtime.server_gpus, expected)
-    count = client_actors(experiment) if federated else 0
+    ranks = experiment.server.num_workers
+    server = Actors("server", ranks, runtime.server_cpus, runtime.server_gpus, expected)
+    count = client_actors(experiment) * experiment.client.num_workers if federated else 0
     peak = expected_peak(experiment, "client") if federated else expected
     clients = Actors("client", count, runtime.client_cpus, runtime.client_gpus, peak)
     trials = max(1, min(most_trials, _room(experiment, nodes)))
     parties = [server, clients] if federated else [server]
     notes = [
-        *_crowding(count, runtime.threads, trials, nodes),
+        *_crowding(_busy(ranks, count, runtime.threads, trials), count, trials, nodes),
         *memory_notes(parties, trials, nodes),
         *(note for actors in parties for note in card_notes(actors, smallest_card(nodes))),
     ]
@@ -126,14 +127,14 @@ def _room(experiment: Experiment, nodes: Sequence[Node]) -> int:
     return int(min(room, (sum(node.gpus for node in nodes) + 1e-6) // gpus) if gpus else room)
 
 
-def _busy(clients: int, threads: int, trials: int) -> int:
+def _busy(servers: int, clients: int, threads: int, trials: int) -> int:
     """Threads that compute at a time. The server rests while clients train; to evaluate, it and
     one client compute."""
-    return trials * max(clients, 2 if clients else 1) * threads
+    return trials * max(clients, servers + bool(clients)) * threads
 
 
-def _crowding(clients: int, threads: int, trials: int, nodes: Sequence[Node]) -> Iterator[str]:
-    busy, cores = _busy(clients, threads, trials), all_cores(nodes)
+def _crowding(busy: int, clients: int, trials: int, nodes: Sequence[Node]) -> Iterator[str]:
+    cores = all_cores(nodes)
     if busy > cores:
         keys = "runtime.threads or runtime.client_actors" if clients else "runtime.threads"
         sweep = ", or tune_config.max_concurrent_trials" if trials > 1 else ""

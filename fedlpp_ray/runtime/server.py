@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from fedlpp_ray.runtime.placement import (
     PlacementError,
     bundles,
     client_bundle,
+    client_indices,
     server_indices,
 )
 from fedlpp_ray.runtime.reactor import Reactor
@@ -49,7 +50,7 @@ class ServerActor:
 
     def renew(self, experiment: Experiment) -> None:
         """Put a new actor in the place of one that is gone."""
-        self.actor = actor_in(self._group, server_indices(experiment), experiment)
+        self.actor = server_in(self._group, experiment)
         self.begin(experiment)
 
     def begin(self, experiment: Experiment) -> None:
@@ -136,23 +137,29 @@ class ServerActor:
         ray.kill(self.actor)
 
 
-def actor_in(group: PlacementGroup, indices: Sequence[int], experiment: Experiment) -> Any:
-    """A new actor, each of whose ranks takes the whole of a bundle.
+def server_in(group: PlacementGroup, experiment: Experiment) -> Any:
+    """A new actor for a server, in its bundles."""
+    config, needed = experiment.server, bundles(experiment)
+    indices = server_indices(experiment)
+    options = [_options(needed[i], _pinned(group, i)) for i in indices]
+    return _party(options, ranks=config.num_workers > 1 or config.zero.stage > 0)
 
-    Args:
-        group: Reservation.
-        indices: Of the bundles; none: what a client needs, anywhere.
-        experiment: What to run.
-    """
-    if indices:
-        reserved = bundles(experiment)
-        options = [
-            _options(reserved[i], PlacementGroupSchedulingStrategy(group, i)) for i in indices
-        ]
-    else:
-        options = [_options(client_bundle(experiment))] * experiment.client.num_workers
+
+def client_in(group: PlacementGroup, number: int, experiment: Experiment) -> Any:
+    """A new actor for a client host: in its bundles, or, if none is reserved for it, anywhere."""
+    config, needed = experiment.client, client_bundle(experiment)
+    options = [_options(needed, _pinned(group, i)) for i in client_indices(experiment, number)]
+    anywhere = [_options(needed)] * config.num_workers
+    return _party(options or anywhere, ranks=config.num_workers > 1 or config.zero.stage > 0)
+
+
+def _party(options: list[dict[str, Any]], *, ranks: bool) -> Any:
     first, *others = options
-    return ray.remote(Party).options(**first).remote(others)
+    return ray.remote(Party).options(**first).remote(others if ranks else None)
+
+
+def _pinned(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
 
 
 def _options(needed: Bundle, where: Any = "DEFAULT") -> dict[str, Any]:

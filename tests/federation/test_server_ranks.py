@@ -1,25 +1,32 @@
-"""A server whose model is spread over ranks: the same experiment as on one."""
+"""A server, or a client, of several ranks: the same experiment as with one."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation import Federation
+from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.federation import Federation, preflight
+from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.server import Server
+from fedlpp_ray.messages import MessageError
 from fedlpp_ray.training import Group
 from tests import tiny
 from tests.federation.test_loop import numbers
 from tests.ranks import Ranks
 
-pytest.importorskip("deepspeed")
-SPREAD = {"server.zero.stage": 3, "server.zero.stage3_param_persistence_threshold": 0}
-"""Small tensors too: DeepSpeed leaves those below 100,000 numbers whole."""
+WHOLE = {"stage3_param_persistence_threshold": 0}
+"""Small tensors are spread too: DeepSpeed leaves those below 100,000 numbers whole."""
+SERVER = {"server.zero.stage": 3, **{f"server.zero.{key}": n for key, n in WHOLE.items()}}
+CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE.items()}}
+TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -36,41 +43,59 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.fixture(scope="module", params=["classification", "llama", "gpt2"])
+def written(folder: Path, family: str) -> dict[str, object]:
+    """A generation task on a model without dropout."""
+    tiny.make_generator(folder / "model", family=family)
+    without_dropout(folder / "model")
+    draw = random.Random(0)
+    rows = []
+    for _ in range(200):
+        word = draw.choice(draw.choice(list(tiny.TOPICS.values())))
+        rows.append({"thing": f"{draw.choice(tiny.COMMON)} {word}", "says": f"a {word} is near"})
+    tiny.write_csv(folder / "data.csv", rows)
+    return {
+        "model.name": str(folder / "model"),
+        "task.name": "generation",
+        "task.data": str(folder / "data.csv"),
+        "task.prompt": "what is the {thing}",
+        "task.target": "{says}",
+        "task.held_out": 21,
+        "task.max_length": 16,
+        "generation.max_new_tokens": 6,
+        "generation.beams": 2,
+        "evaluation.batch_size": 6,
+        "lora.rank": 4,
+        "client.lr": 2e-2,
+        "federation.clients": 4,
+        "federation.client_fraction": 0.5,
+        "federation.local_steps": 4,
+    }
+
+
+def without_dropout(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {key: 0.0 for key in config if "pdrop" in key or "dropout" in key}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
 def experiment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_values: Any
 ) -> Experiment:
-    server = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "bert":
+        model = tiny.make_model(folder / "model", dropout=0.0)
+        values = tiny_values | {"model.name": str(model), "evaluation.batch_size": 16}
+    else:
+        values = written(folder, request.param)
     rounds = {"federation.rounds": 2, "client.base_bits": 4, "downlink.bits": 4}
-    if request.param == "classification":
-        return Experiment().with_values(tiny_values | server | rounds)
-    folder = tmp_path_factory.mktemp("generation")
-    tiny.make_generator(folder / "model", family=request.param)
-    draw = random.Random(0)
-    words = [draw.choice(draw.choice(list(tiny.TOPICS.values()))) for _ in range(200)]
-    rows = [{"thing": f"{draw.choice(tiny.COMMON)} {w}", "says": f"a {w} is near"} for w in words]
-    tiny.write_csv(folder / "data.csv", rows)
-    return Experiment().with_values(
-        {
-            "model.name": str(folder / "model"),
-            "task.name": "generation",
-            "task.data": str(folder / "data.csv"),
-            "task.prompt": "what is the {thing}",
-            "task.target": "{says}",
-            "task.held_out": 21,
-            "task.max_length": 16,
-            "generation.max_new_tokens": 6,
-            "generation.beams": 2,
-            "evaluation.batch_size": 6,
-            "lora.rank": 4,
-            "client.lr": 2e-2,
-            "federation.clients": 4,
-            "federation.client_fraction": 0.5,
-            "federation.local_steps": 4,
-            **server,
-            **rounds,
-        }
-    )
+    return Experiment().with_values(values | rounds)
+
+
+@pytest.fixture(scope="module")
+def classified(tiny_values: Any, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    model = tiny.make_model(tmp_path_factory.mktemp("bert") / "model", dropout=0.0)
+    return Experiment().with_values(tiny_values | {"model.name": str(model)})
 
 
 def run(group: Group, experiment: Experiment) -> Any:
@@ -84,12 +109,155 @@ def run(group: Group, experiment: Experiment) -> Any:
     return numbers(federation.history)
 
 
-def test_a_run_is_the_same_on_one_rank_on_two_and_on_four(
+def test_a_run_has_the_same_bits_on_one_rank_on_two_and_on_four(
     experiment: Experiment, two: Ranks, four: Ranks
 ) -> None:
+    """Metrics, what is written, digests of the states, bytes; spread, or whole on each rank."""
     alone = run(Group(), experiment)
-    spread = experiment.with_values(SPREAD)
-    print(alone)
     for ranks in (two, four):
-        found = ranks.run(run, spread)[0]
-        print(found)
+        assert ranks.run(run, experiment.with_values(SERVER))[0] == alone
+    assert two.run(run, experiment)[0] == alone
+
+
+def close(found: Any, expected: Any) -> bool:
+    """Whether two runs differ in numbers by at most 1e-5, and in digests alone otherwise."""
+    if isinstance(expected, dict):
+        keys = expected.keys() - {"digest"}
+        return keys == found.keys() - {"digest"} and all(close(found[k], expected[k]) for k in keys)
+    if isinstance(expected, list):
+        return all(close(*pair) for pair in zip(found, expected, strict=True))
+    if isinstance(expected, float):
+        return bool(abs(found - expected) <= 1e-5 * max(1.0, abs(expected)))
+    return bool(found == expected)
+
+
+def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
+    experiment: Experiment, two: Ranks, four: Ranks
+) -> None:
+    """Each rank takes a part of a batch; 3 steps of 8 or 16 examples, of which the last is 5."""
+    tuned = experiment.with_values(TUNED)
+    alone = run(Group(), tuned)
+    assert not close(alone, run(Group(), experiment.with_values({"server.examples": 21})))
+    for ranks in (two, four):
+        found = ranks.run(run, tuned.with_values(SERVER))[0]
+        assert close(found, alone)
+        assert [each["bytes"] for each in found] == [each["bytes"] for each in alone]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"adapter.kind": "prompt", "adapter.tokens": 4},
+        {"adapter.kind": "layers", "adapter.outer": 1},
+        {"lora.modules_to_save": ["embeddings"]},
+        {
+            "adapter.kind": "prompt",
+            "adapter.tokens": 4,
+            "emulator.kind": "shared-layer",
+            "emulator.steps": 2,
+            "server.examples": 40,
+        },
+        {"adapter.kind": "layers", "adapter.outer": 1, "emulator.kind": "layer-drop"},
+    ],
+    ids=lambda values: " ".join(map(str, values.values())),
+)
+def test_every_adapter_and_emulator_goes_with_a_server_that_is_spread(
+    classified: Experiment, two: Ranks, tmp_path: Path, values: dict[str, object]
+) -> None:
+    model = tiny.make_model(tmp_path / "model", dropout=0.0, layers=3)
+    made = classified.with_values({"model.name": str(model), "federation.rounds": 2} | values)
+    assert close(two.run(run, made.with_values(SERVER))[0], run(Group(), made))
+
+
+def trained(group: Group, experiment: Experiment) -> Any:
+    """What a client host of several ranks returns; of rank 0."""
+    if group.rank:
+        return ClientHost.follow(experiment, 0, None, None, group)
+    server = Server(experiment)
+    broadcast, host = server.encode_broadcast(1), ClientHost(experiment, group=group)
+    first = host.train(1, 0, broadcast)
+    with pytest.raises(MessageError):
+        host.train(2, 0, broadcast)  # another round's: refused by all, who go on
+    second = host.train(1, 1, broadcast)
+    floor = host.measure_floor()
+    measured = host.evaluate(1, broadcast)
+    host.close()
+    states = [
+        torch.frombuffer(bytearray(u.payload[-4000:]), dtype=torch.float32) for u in (first, second)
+    ]
+    return [first.loss, second.loss, *measured, floor.base, floor.local_only, states]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"client.base_bits": 4} | CLIENT, CLIENT, {"client.proximal": 0.1} | CLIENT],
+    ids=["whole", "packed, spread", "dense, spread", "FedProx"],
+)
+def test_a_client_of_two_ranks_trains_as_one_does(
+    classified: Experiment, two: Ranks, values: dict[str, object]
+) -> None:
+    made = classified.with_values(values)
+    own = {key: value for key, value in values.items() if not key.startswith("client.zero")}
+    alone = trained(Group(), classified.with_values(own))
+    *found, states = two.run(trained, made)[0]
+    *expected, theirs = alone
+    assert close(found, expected)
+    for state, other in zip(states, theirs, strict=True):
+        assert torch.allclose(state, other, atol=1e-5)
+
+
+def resumed(group: Group, experiment: Experiment) -> Any:
+    """A run on a spread server that ends after the first round and goes on in a new one."""
+    if group.rank:
+        Server.follow(experiment, group)
+        return Server.follow(experiment, group)
+    backend = InProcess(experiment, group)
+    first = Federation(experiment, backend)
+    next(first.run())
+    snapshot = first.snapshot()
+    backend.close()
+    backend = InProcess(experiment, group)
+    second = Federation(experiment, backend)
+    second.restore(snapshot)
+    list(second.run())
+    backend.close()
+    return numbers(second.history)
+
+
+def test_a_spread_server_saves_and_resumes_with_the_same_bits(
+    classified: Experiment, two: Ranks
+) -> None:
+    made = classified.with_values(SERVER | TUNED)
+    assert two.run(resumed, made)[0] == two.run(run, made)[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"server.tune_steps": 2}, "server.examples above 0"),
+        (
+            TUNED | {"server.aggregation": "fedsa-lora", "evaluation.server": False},
+            "no whole model",
+        ),
+        (
+            {"server.zero.stage": 3, "server.aggregation": "flora"},
+            "server.zero.stage 3: server.agg",
+        ),
+        (
+            {"server.zero.stage": 3, "client.base_bits": 8, "client.base_format": "bitsandbytes"},
+            "format 'packed'",
+        ),
+        (
+            {"client.zero.stage": 3, "client.base_bits": 8, "client.base_format": "bitsandbytes"},
+            "cannot be cut; allowed: packed",
+        ),
+        ({"client.zero.stage": 3, "client.compute": "bf16"}, "allowed: fp32"),
+        ({"client.num_workers": 2, "method": "centralised"}, "has no client actors"),
+        ({"server.zero": {"stage": 3, "offload_param": {"device": "moon"}}}, "DeepSpeed says"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_in_words(
+    tiny_experiment: Experiment, values: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        preflight.check([tiny_experiment.with_values(values)])

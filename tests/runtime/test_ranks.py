@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
-import ray
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
-from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.runtime import RayBackend, connect, reserve
 from tests import tiny
 from tests.federation.test_loop import numbers

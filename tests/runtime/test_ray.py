@@ -103,7 +103,7 @@ def test_resources_follow_from_the_experiment() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"runtime.client_actors": 99}, r"requires 10.5 CPU \(1 server and 20 client"),
+        ({"runtime.client_actors": 99}, r"requires 10.5 CPU \(server: 1, client actors: 20\)"),
         (
             {"runtime.client_cpus": 64.0},
             r"one actor requires 64 CPU; no node has that, the largest has \d",
