@@ -18,8 +18,9 @@ class ZeroConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    stage: Literal[0, 3] = 0
+    stage: Literal[0, 2, 3] = 0
     """3: each rank holds a share of the frozen model, and a layer is whole only while it is used.
-    0: each has the whole model. In both the ranks share the batches."""
+    2: each has the whole model, and a share of the gradients and the optimizer of what is trained.
+    0: each has all. Whichever it is, the ranks share the batches."""
     memory_efficient_linear: bool = False
     """DeepSpeed's default, true, replaces torch's linear function in the whole process."""

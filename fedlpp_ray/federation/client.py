@@ -77,7 +77,7 @@ class ClientHost:
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.client_gpus)
         self._text = FederatedText(experiment, group)
         base = load_client_base(experiment, self._text, emulator, stream)
-        if experiment.client.zero.stage:
+        if experiment.client.zero.stage == 3:
             whole = trained_whole(experiment, base, self._text)
             base = shard(base, experiment.client.zero, self._device, whole)
         adapter, lora = experiment.adapter, experiment.lora

@@ -180,7 +180,7 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
         evaluation=evaluation + (merged // 2 if half else merged),
         on_gpu=on_gpu,
     )
-    if not party.zero.stage:
+    if party.zero.stage != 3:
         return whole
     ahead = FP32 * int((party.zero.model_extra or {}).get(PREFETCH, 50_000_000))
     return replace(

@@ -41,7 +41,7 @@ class ServerModel:
         config = experiment.server
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
         self.parts: BaseParts | None = None
-        if config.zero.stage:
+        if config.zero.stage == 3:
             base = base_of(experiment, text)
             loaded, _ = base.load(as_stored=True)
             whole = broadcast_modules(experiment, loaded)
@@ -81,6 +81,7 @@ class ServerModel:
                 device=self._device,
                 descent=Descent(client.optimizer, client.momentum),
                 group=self.group,
+                zero=config.zero,
             ).run()
         return self._state.read()
 

@@ -42,7 +42,7 @@ def _check_tuning(experiment: Experiment, method: Method) -> None:
 
 
 def _check_server(experiment: Experiment, method: Method) -> None:
-    if not experiment.server.zero.stage:
+    if experiment.server.zero.stage != 3:
         return
     if method.writes_base:
         raise ConfigError(
@@ -59,6 +59,11 @@ def _check_server(experiment: Experiment, method: Method) -> None:
 
 def _check_client(experiment: Experiment, method: Method) -> None:
     client = experiment.client
+    if client.zero.stage == 2:
+        raise ConfigError(
+            "client.zero.stage 2 spreads the gradient, which a client's rules correct as a whole; "
+            "allowed: 0, 3"
+        )
     if not client.zero.stage:
         return
     reasons = {

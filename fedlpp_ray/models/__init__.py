@@ -30,7 +30,7 @@ from fedlpp_ray.models.memory import (
 )
 from fedlpp_ray.models.outline import load_outline
 from fedlpp_ray.models.packed import PackedLinear
-from fedlpp_ray.models.sharded import check_zero, gathered, is_sharded, shard
+from fedlpp_ray.models.sharded import check_zero, gathered, is_sharded, load_deepspeed, shard
 from fedlpp_ray.models.shared import Base, share_base
 from fedlpp_ray.models.streamed import BaseParts, receive_base
 
@@ -53,6 +53,7 @@ __all__ = [
     "is_sharded",
     "layer_bytes",
     "load_classifier",
+    "load_deepspeed",
     "load_emulator",
     "load_generator",
     "load_outline",

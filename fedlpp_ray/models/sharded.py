@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,11 +36,11 @@ def check_zero(zero: ZeroConfig, key: str) -> None:
     """
     if not zero.stage:
         if extra := sorted(zero.model_extra or {}):
-            raise ConfigError(f"{key}.{extra[0]} needs {key}.stage 3")
+            raise ConfigError(f"{key}.{extra[0]} needs {key}.stage 2 or 3")
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"{key}.stage {zero.stage} needs: pip install 'fedlpp_ray[zero]'")
-    _load_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+    load_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
@@ -65,7 +66,7 @@ def shard(
         device: Where it computes.
         kept: Names of modules that stay whole on every rank: those that will be trained.
     """
-    deepspeed = _load_deepspeed(device.type)
+    deepspeed = load_deepspeed(device.type)
     from deepspeed.runtime.zero import parameter_offload
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero.model_dump()}
@@ -101,13 +102,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _load_deepspeed(kind: str) -> Any:
-    """DeepSpeed for this kind of device, quiet, and without what it would compile."""
+def load_deepspeed(kind: str) -> Any:
+    """The package DeepSpeed, for this kind of device: quiet, and without what it would compile."""
     if kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for another, and warns
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor` is deprecated", FutureWarning)
     # A C++ extension for ranks that share memory, compiled for 80 s when first used; gloo will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -88,7 +88,7 @@ class RayBackend:
     @property
     def _streams(self) -> bool:
         """Whether clients have their base from the server."""
-        return bool(self._experiment.server.zero.stage) and self._experiment.emulator.kind == "none"
+        return self._experiment.server.zero.stage == 3 and self._experiment.emulator.kind == "none"
 
     def begin(self, experiment: Experiment) -> bool:
         """Start another run in the same actors; False where it needs others."""

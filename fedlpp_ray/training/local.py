@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedlpp_ray.config import ClientConfig
+from fedlpp_ray.config import ClientConfig, ZeroConfig
 from fedlpp_ray.lora import trainable
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.tasks import IGNORED, Encoded, collate, epoch_order
@@ -17,6 +17,9 @@ from fedlpp_ray.training.device import compute_dtype, computing
 from fedlpp_ray.training.group import ALONE, Group
 from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.rules import PLAIN, ClientRule, Descent
+from fedlpp_ray.training.updates import Alike, Spread, Updates
+
+_PLAIN_ZERO = ZeroConfig()
 
 
 class Training:
@@ -37,6 +40,7 @@ class Training:
         rules: Corrections of the gradient, in this order; each is used for this training only.
         group: Ranks that share each batch; all of them train at the same time. The gradient is
             that of the batch, and dropout is another on each rank.
+        zero: With stage 2 the ranks share gradients and optimizer, and there are no rules.
     """
 
     def __init__(
@@ -52,12 +56,16 @@ class Training:
         descent: Descent = PLAIN,
         rules: Sequence[ClientRule] = (),
         group: Group = ALONE,
+        zero: ZeroConfig = _PLAIN_ZERO,
     ) -> None:
         self._model, self._examples, self._config = model, examples, config
         self._pad, self._device, self._rules, self._group = pad, device, rules, group
         self._steps, self._travelled = steps, descent.travelled(config.lr, steps)
         self._parameters, self._dtype = trainable(model), compute_dtype(model)
         self._optimizer = descent.make(self._parameters, config.lr, config.weight_decay)
+        self._updates: Updates = Alike(self._optimizer, self._parameters, rules, group)
+        if zero.stage == 2:
+            self._updates = Spread(model, self._optimizer, zero, group)
         self._schedule = LambdaLR(self._optimizer, lambda step: descent.factor(step, steps))
         self._order = generator(seed, "order")
         self._queue: list[int] = []
@@ -73,6 +81,7 @@ class Training:
         loss = self.advance(self._steps)
         for rule in self._rules:
             rule.finish(self._parameters, self._travelled)
+        self._updates.end()
         return loss
 
     def advance(self, steps: int) -> float:
@@ -94,12 +103,7 @@ class Training:
 
     def _step(self) -> Tensor:
         loss = self._loss(self._choose())
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._group.add([p.grad for p in self._parameters.values() if p.grad is not None])
-        for rule in self._rules:
-            rule.adjust(self._parameters)
-        self._optimizer.step()
+        self._updates.step(loss)
         self._schedule.step()
         return loss.detach()
 
@@ -148,6 +152,7 @@ class Training:
         """Go on from what `save` returned; the model holds the parameters of that time."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
+        self._updates.reread()
         self._schedule.load_state_dict(state["schedule"])
         self._order.set_state(state["order"])
         self._queue, self._random = state["queue"], state["random"]

@@ -26,6 +26,7 @@ WHOLE = {"stage3_param_persistence_threshold": 0}
 """Small tensors are spread too: DeepSpeed leaves those below 100,000 numbers whole."""
 SERVER = {"server.zero.stage": 3, **{f"server.zero.{key}": n for key, n in WHOLE.items()}}
 CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE.items()}}
+STAGE_2 = {"server.zero.stage": 2}
 TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
 
 
@@ -138,8 +139,8 @@ def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
     tuned = experiment.with_values(TUNED)
     alone = run(Group(), tuned)
     assert not close(alone, run(Group(), experiment.with_values({"server.examples": 21})))
-    for ranks in (two, four):
-        found = ranks.run(run, tuned.with_values(SERVER))[0]
+    for ranks, values in ((two, SERVER), (four, SERVER), (two, STAGE_2), (four, {})):
+        found = ranks.run(run, tuned.with_values(values))[0]
         assert close(found, alone)
         assert [each["bytes"] for each in found] == [each["bytes"] for each in alone]
 
@@ -252,6 +253,7 @@ def test_a_spread_server_saves_and_resumes_with_the_same_bits(
             "cannot be cut; allowed: packed",
         ),
         ({"client.zero.stage": 3, "client.compute": "bf16"}, "allowed: fp32"),
+        ({"client.zero.stage": 2}, "allowed: 0, 3"),
         ({"client.num_workers": 2, "method": "centralised"}, "has no client actors"),
         ({"server.zero.stage": 3, "server.zero.offload_param.device": "moon"}, "DeepSpeed says"),
     ],

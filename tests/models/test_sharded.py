@@ -271,7 +271,7 @@ def test_deepspeed_judges_its_own_keys_before_anything_starts() -> None:
         check_zero(ZeroConfig(stage=3, stag3_param_persistence_threshold=0), "server.zero")
     with pytest.raises(ConfigError, match=r"client\.zero: DeepSpeed says: offload_param.device"):
         check_zero(ZeroConfig(stage=3, offload_param={"device": "moon"}), "client.zero")
-    with pytest.raises(ConfigError, match=r"server\.zero\.offload_param needs server\.zero\.stage"):
+    with pytest.raises(ConfigError, match=r"server\.zero\.offload_param needs .*stage 2 or 3"):
         check_zero(ZeroConfig(offload_param={"device": "cpu"}), "server.zero")
 
 

@@ -1,0 +1,107 @@
+"""How a loss becomes a step of the optimizer: on every rank alike, or by ZeRO, stage 2."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedlpp_ray.config import ZeroConfig
+from fedlpp_ray.models import load_deepspeed
+from fedlpp_ray.training.group import Group
+from fedlpp_ray.training.rules import ClientRule, Parameters
+
+
+class Updates(Protocol):
+    """Steps of one optimizer."""
+
+    def step(self, loss: Tensor) -> None:
+        """Step along the gradient of the sum of all ranks' losses."""
+
+    def reread(self) -> None:
+        """Go on from parameters that were written meanwhile."""
+
+    def end(self) -> None:
+        """Leave the model as any other."""
+
+
+class Alike:
+    """Every rank has all gradients and all of the optimizer.
+
+    Args:
+        optimizer: Of the parameters.
+        parameters: All that are trained.
+        rules: Corrections of the gradient.
+        group: The ranks.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Parameters,
+        rules: Sequence[ClientRule],
+        group: Group,
+    ) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        self._rules, self._group = rules, group
+
+    def step(self, loss: Tensor) -> None:
+        """Backward, sum over the ranks, correct, step."""
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._group.add([p.grad for p in self._parameters.values() if p.grad is not None])
+        for rule in self._rules:
+            rule.adjust(self._parameters)
+        self._optimizer.step()
+
+    def reread(self) -> None:
+        """There is one copy of the parameters."""
+
+    def end(self) -> None:
+        """There is nothing to undo."""
+
+
+class Spread:
+    """Each rank has its share of the gradients and of the optimizer: ZeRO, stage 2.
+
+    The optimizer works on the rank's share of all parameters as one tensor, a copy.
+
+    Args:
+        model: What is trained.
+        optimizer: Of its trainable parameters; it is changed to be that of the share.
+        zero: Its stage is 2.
+        group: The ranks, which all make this at the same time.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, zero: ZeroConfig, group: Group
+    ) -> None:
+        kind = next(model.parameters()).device.type
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero.model_dump(),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # which would be compiled
+            "gradient_clipping": 0.0,  # by default DeepSpeed clips to a norm of 1
+        }
+        deepspeed: Any = load_deepspeed(kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self._ranks = group.size
+
+    def step(self, loss: Tensor) -> None:
+        """DeepSpeed takes the mean over the ranks; here it is the sum."""
+        self._engine.backward(loss * self._ranks)
+        self._engine.step()
+
+    def reread(self) -> None:
+        """Renew the copy; without that the next step would bring the old parameters back."""
+        self._engine.optimizer.refresh_fp32_params()
+
+    def end(self) -> None:
+        """Take DeepSpeed's hooks off the parameters."""
+        self._engine.destroy()
