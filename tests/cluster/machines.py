@@ -18,7 +18,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("setpriv", "unshare", "nsenter", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+PROGRAMS = ("setpriv", "unshare", "nsenter", "ip", "hostname", "ps", "ssh", "ssh-keygen", "rsync")
+SERVER = "/usr/sbin/sshd"  # which insists on its whole path
 USER = "fedlpp"
 HOME = Path("/home") / USER
 COVERED = ("/tmp", "/home")
@@ -36,7 +37,7 @@ until ip link set eth0 up 2>/dev/null; do sleep 0.05; done
 ip address add {address}/24 dev eth0
 ip route add default via 10.77.0.254  # nobody is there, but a host without a route has no address
 touch ready
-exec /usr/sbin/sshd -D -f /run/sshd_config
+exec {server} -D -f /run/sshd_config
 """
 SSHD = """ListenAddress {address}
 HostKey /run/host_key
@@ -50,7 +51,7 @@ PidFile none
 
 def missing() -> list[str]:
     """What this machine lacks; empty where namespaces can be had."""
-    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    lacking = [name for name in (*PROGRAMS, SERVER) if shutil.which(name) is None]
     if lacking:
         return lacking
     trial = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]
@@ -131,7 +132,7 @@ def _machine(
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
     kinds = ["--net", "--uts", "--mount", "--pid", "--mount-proc"]
     paths = " ".join(f"'{path}'" for path in shared)
-    boot = BOOT.format(folder=folder, shared=paths, name=name, address=address)
+    boot = BOOT.format(folder=folder, shared=paths, name=name, address=address, server=SERVER)
     with _held(kinds, boot, folder) as process:
         cable = ["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0"]
         at = ["nsenter", f"--target={switch}", "--net"]

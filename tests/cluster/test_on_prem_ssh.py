@@ -82,7 +82,7 @@ class Cluster:
     def here(self, *words: str, where: Path = ROOT, **environment: str) -> str:
         """Run a command on the laptop; returns what it says."""
         line = self.laptop.command(*words, where=where, **environment)
-        done = subprocess.run(line, capture_output=True, text=True, timeout=150, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -114,7 +114,7 @@ def calls(machine: Machine) -> str:
     return (machine.home / "calls").read_text()
 
 
-def until(what: str, condition: Callable[[], Any], seconds: float = 100) -> None:
+def until(what: str, condition: Callable[[], Any], seconds: float = 240) -> None:
     """Wait for a condition."""
     end = time.monotonic() + seconds
     while not condition():
