@@ -181,6 +181,13 @@ def test_up_starts_the_head_and_the_head_its_worker(up: Cluster) -> None:
     assert up.head.address in up.ray("get-head-ip")
 
 
+def test_a_sweep_is_told_of_no_machine_to_come(up: Cluster) -> None:
+    """So one that is submitted before the workers are there is refused, and does not wait."""
+    program = "import ray; from fedlpp_ray.runtime.growth import growth; "
+    program += "ray.init(address='auto', log_to_driver=False); print('GROWTH', growth())"
+    assert "GROWTH None" in up.ray("exec", f'python -c "{program}"')
+
+
 def test_each_machine_was_set_up_as_written(up: Cluster) -> None:
     started = f"ray start --address={up.head.address}:6379 --object-manager-port=8076"
     assert started in calls(up.worker)
@@ -198,6 +205,7 @@ def test_each_machine_was_set_up_as_written(up: Cluster) -> None:
 
 def test_exec_rsync_and_submit(up: Cluster) -> None:
     assert "head" in up.ray("exec", "hostname").split()
+    assert "2 local.cluster.node" in up.ray("exec", "ray status")
     (up.laptop.home / "job.py").write_text("import sys; print('ran with', sys.argv[1:])")
     up.ray("rsync-up", str(HOME / "job.py"), str(HOME / "sent.py"))
     assert (up.head.home / "sent.py").read_text().startswith("import sys")
