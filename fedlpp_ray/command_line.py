@@ -99,6 +99,7 @@ def check_writable_file(option: str, path: Path) -> None:
     Raises:
         UserError: naming the option.
     """
+    _check_no_uri(option, path)
     new = not path.exists()
     try:
         path.open("a").close()
@@ -114,9 +115,23 @@ def check_writable_folder(option: str, path: Path) -> None:
     Raises:
         UserError: naming the option.
     """
+    _check_no_uri(option, path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be made a folder: {error.strerror}") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{option} {path}: nothing can be written there")
+
+
+_URI = re.compile(r"([a-zA-Z][\w+.-]+):/+")
+
+
+def _check_no_uri(option: str, path: Path) -> None:
+    """Refuse s3://..., of which a path would make a folder named "s3:" here."""
+    if found := _URI.match(str(path)):
+        uri = _URI.sub(r"\1://", str(path), count=1)
+        raise UserError(
+            f"{option} {uri}: a path is needed (of a folder that is mounted, too), not a URI; "
+            f"only --storage of fedlpp_ray.tune takes {found[1]}://..."
+        )

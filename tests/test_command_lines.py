@@ -116,6 +116,8 @@ def test_every_shipped_method_runs_from_the_command_line(
         (["train", "tiny.yaml", "--json", "no/where.json"], "--json no/where.json: cannot be"),
         (["train", "tiny.yaml", "--json", "."], "--json .: cannot be written: Is a directory"),
         (["train", "tiny.yaml", "--adapter", "tiny.yaml"], "--adapter tiny.yaml: cannot be made"),
+        (["train", "tiny.yaml", "--output", "s3://b/x"], "--output s3://b/x: a path is needed"),
+        (["train", "tiny.yaml", "--json", "gs://b/x"], "--json gs://b/x: a path is needed"),
         (["train", "latin.yaml"], "latin.yaml: not UTF-8"),
         (["train", "tiny.yaml", "task.max_length=33"], "has 32 positions"),
         (["train", "tiny.yaml", "lora.rank=10000000"], "allows at most 64"),

@@ -68,15 +68,20 @@ def check_node_config(file: ClusterFile) -> list[str]:
 
 def check_discovery(file: ClusterFile) -> list[str]:
     """The same against Google's own description of an instance, where its client is installed."""
+    return [
+        f"{name}: {problem}"
+        for name, kind in file.node_types.items()
+        for problem in unlike(kind["node_config"])
+    ]
+
+
+def unlike(instance: Config) -> list[str]:
+    """Where an instance differs from Google's description; empty without Google's client, too."""
     if (spec := find_spec("googleapiclient")) is None or not spec.submodule_search_locations:
         return []
     folder = Path(spec.submodule_search_locations[0]) / "discovery_cache" / "documents"
     schemas = json.loads((folder / "compute.v1.json").read_text())["schemas"]
-    return [
-        f"{name}: {problem}"
-        for name, kind in file.node_types.items()
-        for problem in _unlike(kind["node_config"], {"$ref": "Instance"}, schemas, "node_config")
-    ]
+    return list(_unlike(instance, {"$ref": "Instance"}, schemas, "instance"))
 
 
 def _unlike(value: Any, schema: Config, schemas: Config, where: str) -> Iterator[str]:

@@ -80,6 +80,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     environment = {name: value for name, value in os.environ.items() if "RAY" not in name}
     environment |= {"HOME": str(home), "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token"}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}  # a job's `python` is this one
     environment |= {"RAY_ADDRESS": "", "FEDLPP_RAY_CACHE": os.environ["FEDLPP_RAY_CACHE"]}
     subprocess.run(
         [str(RAY), "get-auth-token", "--generate"],

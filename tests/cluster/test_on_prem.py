@@ -42,6 +42,12 @@ def check_head(file: ClusterFile) -> list[str]:
     return problems + [f"{w}: {t}" for w, t in strings(file.config) if "0.0.0.0" in t]
 
 
+def check_autoscaler(file: ClusterFile) -> list[str]:
+    """Autoscaler v1 on the head: v2 starts no worker of a local provider."""
+    off = "RAY_enable_autoscaler_v2=0 " in ray_start(file, START)
+    return [] if off else ["no worker is ever started"]
+
+
 def check_mlflow(file: ClusterFile) -> list[str]:
     """MLflow is a unit of the user on loopback, its store outside of every mount."""
     commands = file.commands(START)
@@ -62,6 +68,7 @@ CHECKS: dict[str, Callable[[ClusterFile], list[str]]] = {
     "no_defaults": check_no_defaults,
     "workers": check_workers,
     "head": check_head,
+    "autoscaler": check_autoscaler,
     "mlflow": check_mlflow,
     "token": check_token,
     "versions": check_versions,
@@ -79,6 +86,7 @@ BREAKS: list[tuple[str, Mutation]] = [
     ("workers", put("provider worker_ips", ["10.0.0.1", "10.0.0.2"])),
     ("head", edit(START, " --dashboard-host=127.0.0.1", "")),
     ("head", edit(START, "--num-cpus=0", "")),
+    ("autoscaler", edit(START, "RAY_enable_autoscaler_v2=0 ", "")),
     ("mlflow", edit(START, "--host 127.0.0.1", "--host 0.0.0.0")),
     ("mlflow", edit(START, "sqlite:///$HOME/", "sqlite:///")),
     ("mlflow", put("file_mounts ~/mlflow", "mlflow")),
