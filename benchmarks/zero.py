@@ -22,8 +22,15 @@ RANKS = (1, 2, 4, 8)
 WORK = ("load", "client base", "evaluate", "train")
 SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18}
 QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-AHEAD = 10_000_000
-"""Numbers that DeepSpeed may gather ahead of their use: a fifth of its default, 40 MB in fp32."""
+LITTLE = 10_000_000
+"""Numbers that DeepSpeed may gather ahead of their use, and keep for the next one: 40 MB in fp32.
+Its defaults, 5e7 and 1e9, are for ranks with more memory than this model has."""
+ZERO = {
+    "stage": 3,
+    "stage3_prefetch_bucket_size": LITTLE,
+    "stage3_max_live_parameters": LITTLE,
+    "stage3_max_reuse_distance": LITTLE,
+}
 MB = 1 << 20
 
 
@@ -106,18 +113,19 @@ def _serve(group: Any, folder: str, stage: int) -> dict[str, int]:
     if stage:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401
-    zero = {"stage": stage} | ({"stage3_prefetch_bucket_size": AHEAD} if stage else {})
+    zero = ZERO if stage else {}
     values = {
         "model.name": f"{folder}/model",
         "task.name": "generation",
         "task.data": f"{folder}/model/data.csv",
         "task.prompt": "what is the {thing}",
         "task.target": "{says}",
-        "task.held_out": 16,
+        "task.held_out": 8,
+        "generation.examples": 8,
         "task.max_length": 12,
-        "generation.max_new_tokens": 4,
+        "generation.max_new_tokens": 2,
         "generation.beams": 1,
-        "evaluation.batch_size": 2,
+        "evaluation.batch_size": 1,
         "client.base_bits": 4,
         "client.batch_size": 8,
         "federation.clients": 4,

@@ -36,8 +36,9 @@ PROCESS = 512 * MIB
 560 MiB of which the imports are 435 (torch 2.13, Python 3.11). Large corpora come on top."""
 WITH_DEEPSPEED = PROCESS + 96 * MIB
 """The same with DeepSpeed, which a rank that shares its base by ZeRO imports too."""
-PREFETCH = "stage3_prefetch_bucket_size"
-"""DeepSpeed's key for how many numbers it gathers ahead."""
+GATHERED = {"stage3_prefetch_bucket_size": 50_000_000, "stage3_max_live_parameters": 10**9}
+"""DeepSpeed's keys, with its defaults, for how many numbers of the base are whole: gathered ahead;
+and between a layer's forward and backward pass."""
 CUDA_CONTEXT = 512 * MIB
 """What CUDA keeps of a card for each process outside of torch's allocator: about half a GiB."""
 
@@ -182,13 +183,15 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     )
     if party.zero.stage != 3:
         return whole
-    ahead = FP32 * int((party.zero.model_extra or {}).get(PREFETCH, 50_000_000))
+    set_here = party.zero.model_extra or {}
+    ahead, live = (min(moved, FP32 * int(set_here.get(k, n))) for k, n in GATHERED.items())
     return replace(
         whole,
         process=WITH_DEEPSPEED,
         loading=0,  # mapped pages are let go when they have been read
         shared=0,
-        weights=-(-moved // party.num_workers) + 2 * largest + min(ahead, moved),
+        weights=-(-moved // party.num_workers) + 2 * largest + ahead,
+        training=training + live * learns,
         evaluation=evaluation + largest,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fedlpp_ray.assets import AssetError
 from fedlpp_ray.cache import Pages
 from fedlpp_ray.config import ConfigError, ZeroConfig
 from fedlpp_ray.models.head import within
@@ -65,8 +67,12 @@ def shard(
         zero: Its stage is 3.
         device: Where it computes.
         kept: Names of modules that stay whole on every rank: those that will be trained.
+
+    Raises:
+        AssetError: NVMe is asked for, and this machine lacks what DeepSpeed needs for it.
     """
     deepspeed = load_deepspeed(device.type)
+    _check_nvme(zero)
     from deepspeed.runtime.zero import parameter_offload
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero.model_dump()}
@@ -113,6 +119,20 @@ def load_deepspeed(kind: str) -> Any:
     # A C++ extension for ranks that share memory, compiled for 80 s when first used; gloo will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_nvme(zero: ZeroConfig) -> None:
+    """DeepSpeed compiles its reader, on the machine that has the NVMe and when it is first used."""
+    offload = (zero.model_extra or {}).get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise AssetError(
+            "zero.offload_param.device 'nvme': DeepSpeed needs a C++ compiler and libaio with its "
+            f"headers (Debian: g++, libaio-dev) on {platform.node()}, and does not find them"
+        )
 
 
 def _partition(model: nn.Module, config: dict[str, Any]) -> None:

@@ -317,3 +317,29 @@ def test_the_advice_names_keys_that_can_help(tiny_experiment: Experiment) -> Non
     assert "client.base_bits=4" not in shared
     assert "raise runtime.client_gpus (0.25)" in shared
     assert "\n" not in full + shared
+
+
+def test_a_rank_of_a_spread_party_has_its_part_of_the_base(tiny_experiment: Experiment) -> None:
+    """The more ranks, the less; what is gathered at a time does not shrink, and is DeepSpeed's."""
+    few = {"server.zero.stage": 3, "server.zero.stage3_prefetch_bucket_size": 10}
+    found = {
+        ranks: estimate(tiny_experiment.with_values({"server.num_workers": ranks} | few), "server")
+        for ranks in (1, 2, 4)
+    }
+    whole = estimate(tiny_experiment, "server")
+    numbers = whole.loading  # W0 in fp32
+    assert found[1].weights - found[2].weights == numbers // 2
+    assert found[2].weights - found[4].weights == pytest.approx(numbers / 4, abs=1)
+    assert found[4].loading == found[4].shared == 0
+    assert found[4].evaluation < whole.evaluation
+    tuned = few | {"server.num_workers": 2, "server.tune_steps": 1, "server.examples": 8}
+    live = {"server.zero.stage3_max_live_parameters": 100}
+    much = estimate(tiny_experiment.with_values(tuned), "server").training
+    assert much - estimate(tiny_experiment.with_values(tuned | live), "server").training == (
+        numbers - 400
+    )
+    halves = [
+        estimate(tiny_experiment.with_values({"client.num_workers": n}), "client").training
+        for n in (1, 2)
+    ]
+    assert halves[1] == halves[0] // 2

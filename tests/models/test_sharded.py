@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from fedlpp_ray.assets import AssetError
 from fedlpp_ray.cache import Pages
 from fedlpp_ray.config import (
     ClientConfig,
@@ -273,6 +274,38 @@ def test_deepspeed_judges_its_own_keys_before_anything_starts() -> None:
         check_zero(ZeroConfig(stage=3, offload_param={"device": "moon"}), "client.zero")
     with pytest.raises(ConfigError, match=r"server\.zero\.offload_param needs .*stage 2 or 3"):
         check_zero(ZeroConfig(offload_param={"device": "cpu"}), "server.zero")
+
+
+def without_libaio(group: Group, base: Base) -> str:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    own, AsyncIOBuilder.is_compatible = AsyncIOBuilder.is_compatible, lambda *_, **__: False
+    try:
+        spread(base, ZeroConfig(stage=3, offload_param={"device": "nvme", "nvme_path": "/tmp"}))
+    except AssetError as error:
+        return str(error)
+    finally:
+        AsyncIOBuilder.is_compatible = own
+    return "nothing was said"
+
+
+def test_nvme_on_a_machine_that_cannot_is_refused_in_words(
+    bases: dict[str, Base], two: Ranks
+) -> None:
+    for said in two.run(without_libaio, bases["llama"]):
+        assert "libaio-dev" in said
+
+
+def offloaded(group: Group, base: Base) -> torch.Tensor:
+    model = spread(base, ZeroConfig(**SPREAD.model_dump(), offload_param={"device": "cpu"}))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_offload_to_the_cpu_is_passed_through(bases: dict[str, Base], two: Ranks) -> None:
+    expected = logits(Group(), bases["llama"])
+    assert all(found.equal(expected) for found in two.run(offloaded, bases["llama"]))
 
 
 def test_keys_of_deepspeed_come_from_yaml_and_from_dotted_overrides() -> None:
