@@ -29,9 +29,8 @@ def client_actors(experiment: Experiment) -> int:
 
 def actors_of(experiment: Experiment) -> tuple[Any, ...]:
     """What two runs must have in common if the second is to use the actors of the first."""
-    federated = experiment.method == "federated"
     ranks = experiment.server.num_workers, experiment.client.num_workers
-    return federated, experiment.runtime, client_actors(experiment), ranks
+    return experiment.method, experiment.runtime, client_actors(experiment), ranks
 
 
 def bundles(experiment: Experiment) -> list[Bundle]:
