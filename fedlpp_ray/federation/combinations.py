@@ -83,6 +83,11 @@ def _check_method(experiment: Experiment) -> None:
             raise ConfigError(
                 f"lora.client_ranks: method '{experiment.method}' trains one model; set it to null"
             )
+        if experiment.method == "local-only" and experiment.server.num_workers > 1:
+            raise ConfigError(
+                f"server.num_workers = {experiment.server.num_workers}: method 'local-only' has no "
+                "server, only one client in one process; allowed: 1"
+            )
         return
     ranks = set(experiment.lora.client_ranks or [experiment.lora.rank])
     if ranks != {experiment.lora.rank} and not method.mixed_ranks:

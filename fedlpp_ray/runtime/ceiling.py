@@ -55,7 +55,7 @@ class Fit:
     """
 
     def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
-        folder = TemporaryDirectory(prefix="fedlpp_ray-", ignore_cleanup_errors=True)
+        folder = TemporaryDirectory(prefix="fedlpp_ray-fit-", ignore_cleanup_errors=True)
         needed = bundles(experiment)
         trainer = Trainer(
             work, {}, workers=len(needed), each=needed[0], group=group, folder=folder.name

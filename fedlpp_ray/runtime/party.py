@@ -122,9 +122,9 @@ class Party:
         """
         with self._in_step():
             result = getattr(self._party, method)(*map(_resolved, arguments))
-        if isinstance(result, Iterator):
-            return list(result)
-        return result() if callable(result) else result
+            if isinstance(result, Iterator):
+                return list(result)
+            return result() if callable(result) else result
 
     def evaluate(self, *arguments: Any) -> tuple[Any, Any, float]:
         """Evaluate a client: what it has before and after training, and the seconds it took."""

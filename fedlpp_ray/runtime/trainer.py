@@ -23,6 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import BackendSetupCallback
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import PlacementGroupHandle, WorkerGroup
@@ -125,23 +126,23 @@ class Controller(TrainController):  # type: ignore[misc]
 
 
 def _why(error: Any) -> Exception:
-    """Of what its workers failed, in one line: the refusal of one, or the first that is gone."""
-    failures = dict(getattr(error, "worker_failures", None) or {})
+    """The refusal of one of the workers, or else how the first that is gone went."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for rank, failure in failures.items():
         if isinstance(failure, UserError):
             return UserError(f"rank {rank}: {failure}")
-    gone = {rank: x.health_check_failure for rank, x in failures.items() if _is_gone(x)}
-    for rank, failure in {**gone, **failures}.items():
-        return RankLost(f"rank {rank}: {_line(failure)}")
-    return RankLost(_line(getattr(error, "controller_failure", error)))
+    gone = {
+        rank: failure.health_check_failure
+        for rank, failure in failures.items()
+        if isinstance(failure, WorkerHealthCheckFailedError)
+    }
+    for rank, failure in (gone or failures).items():
+        return RankLost(f"rank {rank}: {_first_line(failure)}")
+    return RankLost(_first_line(getattr(error, "controller_failure", error)))
 
 
-def _is_gone(failure: Exception) -> bool:
-    return getattr(failure, "health_check_failure", None) is not None
-
-
-def _line(error: Any) -> str:
-    return " ".join(str(error).split())
+def _first_line(error: Any) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -170,9 +171,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         folder: str,
     ) -> None:
         # Restarts are the driver's, which alone has the state to go on from; it counts them.
-        never = FailureConfig(
-            max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-        )
+        never = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
         self._group, self._name = group, os.path.basename(folder)
         self.controller: Future[Any] = Future()
         super().__init__(

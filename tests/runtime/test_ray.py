@@ -199,7 +199,7 @@ def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> Non
 @pytest.mark.parametrize(
     "method", ["centralised", pytest.param("local-only", marks=pytest.mark.slow)]
 )
-def test_a_run_that_is_no_federation_is_one_actor(
+def test_a_run_that_is_no_federation_has_one_bundle(
     tiny_experiment: Experiment, tmp_path: Path, method: str
 ) -> None:
     experiment = tiny_experiment.with_values({"method": method, "federation.rounds": 2})
