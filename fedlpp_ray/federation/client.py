@@ -183,10 +183,6 @@ class ClientHost:
     @together
     def measure_floor(self) -> Floor:
         """What the strongest client has without taking part."""
-        return self.floor()
-
-    def floor(self) -> Floor:
-        """`measure_floor`, of one rank: all ranks call it."""
         federation, strongest = self._experiment.federation, self._text.strongest
         self._write(self._initial, strongest)
         base = self._text.evaluate(self._model, self._device)

@@ -13,12 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.adapter import AdapterFiles, adapter_state
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.data import FederatedText, base_of, load_base
-from fedlpp_ray.federation.emulation import emulate, load_client_base, trained_whole
+from fedlpp_ray.federation.emulation import (
+    broadcast_modules,
+    emulate,
+    load_client_base,
+    trained_whole,
+)
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -31,7 +37,7 @@ from fedlpp_ray.federation.records import (
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.lora import ModelState, add_adapter, store_in_bf16
-from fedlpp_ray.models import shard
+from fedlpp_ray.models import BaseParts, shard
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import State, state_digest
 from fedlpp_ray.tasks import Metrics
@@ -73,6 +79,7 @@ class Solo:
         self._pooled = experiment.method == "centralised"
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
         self._text = FederatedText(experiment, group)
+        self._parts: BaseParts | None = None
         base, adapter, lora = self._base(), experiment.adapter, experiment.lora
         self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
         self._state, self._files = ModelState(self._model), AdapterFiles(self._model)
@@ -95,14 +102,28 @@ class Solo:
 
     def _base(self) -> nn.Module:
         """The frozen model that is trained on: W0 if centralised, else a client's."""
-        experiment, text, zero = self._experiment, self._text, self._experiment.server.zero
+        experiment, text = self._experiment, self._text
         if not self._pooled:
-            emulator = emulate(experiment, text, load_base(experiment, text), self._device)
-            return load_client_base(experiment, text, emulator)
-        if not zero.stage:
-            return load_base(experiment, text)
-        loaded, _ = base_of(experiment, text).load(as_stored=True)
-        return shard(loaded, zero, self._device, trained_whole(experiment, loaded, text))
+            return load_client_base(experiment, text, self._emulator())
+        return self._spread() if experiment.server.zero.stage else load_base(experiment, text)
+
+    def _spread(self) -> nn.Module:
+        """W0 spread over the ranks, which the client of the floor receives layer by layer."""
+        experiment, base = self._experiment, base_of(self._experiment, self._text)
+        model, _ = base.load(as_stored=True)
+        whole = broadcast_modules(experiment, model)
+        kept = trained_whole(experiment, model, self._text)
+        model = shard(model, experiment.server.zero, self._device, kept)
+        if experiment.emulator.kind == "none" and experiment.client.base_format == "packed":
+            self._parts = BaseParts(base, model, experiment.client, whole)
+        return model
+
+    def _emulator(self) -> bytes | None:
+        """What the federation's clients have in the place of W0."""
+        experiment, text = self._experiment, self._text
+        if experiment.emulator.kind == "none":
+            return None
+        return emulate(experiment, text, load_base(experiment, text), self._device)
 
     @classmethod
     def follow(cls, experiment: Experiment, group: Group) -> None:
@@ -169,17 +190,24 @@ class Solo:
     def _measure(self) -> Metrics:
         return self._text.evaluate(self._model, self._device)
 
-    @together
     def measure_floor(self) -> Floor:
         """What a client has without taking part: that of the federation with the same keys.
 
-        These ranks are then the client's, whatever `client.num_workers`.
+        The client is in this process alone, whatever the number of ranks.
         """
-        experiment = self._experiment
-        emulator = emulate(experiment, self._text, load_base(experiment, self._text), self._device)
-        here = {"runtime.client_gpus": experiment.runtime.server_gpus}
-        host = ClientHost(experiment.with_values(here), emulator=emulator, group=self.group)
-        return host.floor()
+        known = (self._parts.identity, len(self._parts)) if self._parts else None
+        here = {"runtime.client_gpus": self._experiment.runtime.server_gpus}
+        return ClientHost(
+            self._experiment.with_values(here),
+            emulator=self._emulator(),
+            stream=BaseStream.of(known, self._part),
+        ).measure_floor()
+
+    @together
+    def _part(self, number: int) -> bytes:
+        """One part of the client's base, as all ranks make it."""
+        assert self._parts is not None
+        return self._parts.part(number, make=self.group.rank == 0)
 
     def adapter(self) -> dict[str, bytes]:
         """The model as a PEFT adapter, and `training.pt`: what the optimizer remembers."""

@@ -29,6 +29,7 @@ from fedlpp_ray.runtime.placement import bundles
 from fedlpp_ray.runtime.ranks import RankLost
 from fedlpp_ray.runtime.trainer import _why
 from fedlpp_ray.runtime.trial import trial_resources
+from fedlpp_ray.training import ALONE
 from tests import tiny
 from tests.federation.test_loop import numbers
 from tests.federation.test_solo_ranks import SPREAD, check_close, run
@@ -115,22 +116,35 @@ def test_two_workers_train_on_in_another_run(
     assert {actor["ActorID"] for actor in train_workers()} == workers
 
 
-@pytest.mark.parametrize("spread", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_workers_have_the_numbers_of_one(
-    on_two: Experiment, two: ClosingBackend, tmp_path: Path, spread: bool
-) -> None:
-    """Without dropout; with ZeRO each holds half of the base."""
+STILL = {"lora.dropout": 0.0, "client.base_bits": 4}
+
+
+@pytest.fixture
+def still(on_two: Experiment, tmp_path: Path) -> Experiment:
+    """Without dropout, which is another on each rank."""
     model = tiny.make_model(tmp_path / "model", dropout=0.0)
-    values = {"model.name": str(model), "lora.dropout": 0.0, "client.base_bits": 4}
-    together = on_two.with_values(values)
-    if spread:
-        pytest.importorskip("deepspeed")
-        together = together.with_values(SPREAD)
-    assert two.begin(together)
-    federation = Federation(together, two)
+    return on_two.with_values(STILL | {"model.name": str(model)})
+
+
+def test_two_workers_have_the_numbers_of_one(still: Experiment, two: ClosingBackend) -> None:
+    assert two.begin(still)
+    check_close(run_on(two, still), run(ALONE, still.with_values({"server.num_workers": 1})))
+
+
+@pytest.mark.slow
+def test_two_workers_that_share_the_base_have_the_numbers_of_one(still: Experiment) -> None:
+    pytest.importorskip("deepspeed")
+    spread = still.with_values(SPREAD)
+    with reserve(spread) as group, closing(ray_backend(spread, group)) as backend:
+        found = run_on(backend, spread)
+    check_close(found, run(ALONE, still.with_values({"server.num_workers": 1})))
+
+
+def run_on(backend: ClosingBackend, experiment: Experiment) -> Any:
+    """The history and the floor."""
+    federation = Federation(experiment, backend)
     list(federation.run())
-    alone = on_two.with_values(values | {"server.num_workers": 1})
-    check_close((federation.history, two.measure_floor()), run(Solo(alone).group, alone))
+    return federation.history, backend.measure_floor()
 
 
 @pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
