@@ -40,6 +40,6 @@ def ray_backend(experiment: Experiment, group: PlacementGroup) -> ClosingBackend
         return RayBackend(experiment, group)
     if experiment.method == "local-only":
         return SoloActor(experiment, ServerActor(experiment, group, SOLO, Reactor()))
-    from fedlpp_ray.runtime.ceiling import TrainedServer  # Ray Train imports torch
+    from fedlpp_ray.runtime.ceiling import TrainedServer  # Ray Train, and Ray Data with it
 
     return SoloActor(experiment, TrainedServer(experiment, group))

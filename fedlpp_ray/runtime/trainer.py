@@ -104,12 +104,15 @@ class Controller(TrainController):  # type: ignore[misc]
         """`Party.call`."""
         return await self._ask("call", method, *arguments)
 
-    async def _ask(self, *call: Any) -> Any:
+    async def answer(self) -> None:
+        """`Party.answer`."""
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
         if self._over:
             raise self._over
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        self._asked.put_nowait((call[0], call[1:]))
+        self._asked.put_nowait((method, arguments))
         return await future
 
     async def next_call(self) -> tuple[str, tuple[Any, ...]]:
