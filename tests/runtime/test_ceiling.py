@@ -200,6 +200,7 @@ def test_workers_that_always_die_end_the_run(
     two.renew_server()
 
 
+@pytest.mark.slow
 def test_what_a_worker_refuses_is_one_line(experiment: Experiment) -> None:
     """Whether it is asked first or warm; then the workers leave the reservation to others."""
     wrong, before = experiment.with_values({"model.name": "/nowhere"}), fits()
