@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     experiment = load_experiment(options.config, options.overrides)
+    if options.in_process:
+        _check_one_process(experiment)
     if options.json:
         check_writable_file("--json", options.json)
     if options.adapter:
@@ -83,6 +85,23 @@ def _train(options: argparse.Namespace, console: Console) -> int:
             )
             return stop.status
     return 0
+
+
+def _check_one_process(experiment: Experiment) -> None:
+    """Refuse parties of several ranks, each of which is a process."""
+    server, client = experiment.server, experiment.client
+    asked = {
+        "server.num_workers": server.num_workers > 1 and server.num_workers,
+        "server.zero.stage": server.zero.stage,
+        "client.num_workers": client.num_workers > 1 and client.num_workers,
+        "client.zero.stage": client.zero.stage,
+    }
+    for key, value in asked.items():
+        if value:
+            raise UserError(
+                f"{key} = {value} needs a group of processes, and --in-process is one without a "
+                f"group: leave it out, or {key}"
+            )
 
 
 @dataclass(frozen=True)

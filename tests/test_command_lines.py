@@ -79,6 +79,28 @@ def test_train_in_process_and_in_ray_write_the_same_result(
     assert adapted.peft_config["default"].r == 2
 
 
+@pytest.mark.slow
+def test_a_centralised_run_says_what_any_run_says(project: Path) -> None:
+    """And nothing of Ray Train's; it goes on from a checkpoint of its own."""
+    arguments = ["train", "tiny.yaml", "method=centralised", "--output", "run"]
+    done = command(project, *arguments)
+    assert (done.returncode, done.stdout) == (0, "")
+    ours = ("tiny.yaml", "placement", "  ", "round", "floor", "server", "protection", "result")
+    lines = [x for x in done.stderr.splitlines() if x and "Generating train split" not in x]
+    assert [line for line in lines if not line.startswith(ours)] == []
+    (project / "run" / "result.json").rename(project / "first.json")
+    shutil.rmtree(project / "run" / "checkpoints" / "round-000002")
+    again = command(project, *arguments, "--resume")
+    assert "going on after round-000001" in again.stderr
+    results = [
+        json.loads((project / name).read_text()) for name in ("first.json", "run/result.json")
+    ]
+    for outcome in results:
+        for record in outcome["history"]:
+            del record["seconds"]
+    assert results[0] == results[1]
+
+
 METHODS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
 SMALL = ("model", "task", "federation")
 """Sections that make an experiment tiny and leave its method as it is."""

@@ -245,3 +245,16 @@ def test_a_result_with_numbers_that_are_none_is_shown() -> None:
         for line in protection_lines(outcome):
             console.print(line)
     assert "base nan  local-only 0.500" in shown.get()
+
+
+@pytest.mark.parametrize("party", ["server", "client"])
+@pytest.mark.parametrize(("key", "value"), [("num_workers", 2), ("zero.stage", 3)])
+@pytest.mark.usefixtures("project")
+def test_one_process_has_no_ranks(
+    party: str, key: str, value: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["tiny.yaml", "--in-process", f"{party}.{key}={value}"]) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {party}.{key} = {value} needs a group of processes" in shown
+    assert "preparing" not in shown
+    assert not Path("results").exists()

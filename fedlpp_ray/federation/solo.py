@@ -11,12 +11,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import nn
+
+from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.adapter import AdapterFiles, adapter_state
 from fedlpp_ray.federation.client import ClientHost
-from fedlpp_ray.federation.data import FederatedText, load_base
-from fedlpp_ray.federation.emulation import emulate, load_client_base
+from fedlpp_ray.federation.data import FederatedText, base_of, load_base
+from fedlpp_ray.federation.emulation import (
+    broadcast_modules,
+    emulate,
+    load_client_base,
+    trained_whole,
+)
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -29,9 +37,20 @@ from fedlpp_ray.federation.records import (
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.lora import ModelState, add_adapter, store_in_bf16
+from fedlpp_ray.models import BaseParts, shard
 from fedlpp_ray.seeds import derive
-from fedlpp_ray.state import state_digest
-from fedlpp_ray.training import Training, configure_torch, whole_descent
+from fedlpp_ray.state import State, state_digest
+from fedlpp_ray.tasks import Metrics
+from fedlpp_ray.training import (
+    ALONE,
+    Group,
+    Training,
+    configure_torch,
+    dismiss,
+    follow,
+    together,
+    whole_descent,
+)
 
 TRAINING = "training.pt"
 
@@ -45,21 +64,23 @@ class Solo:
 
     Args:
         experiment: What to run; `method` is 'centralised' or 'local-only'.
+        group: Ranks that train one model together, sharing its batches; each has this object, and
+            all but the first `follow`. With `server.zero.stage` 3 they share the base, too.
+
+    Attributes:
+        group: The ranks.
 
     Raises:
         AssetError, TaskError, ValueError: the model or the data cannot be used.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
+    def __init__(self, experiment: Experiment, group: Group = ALONE) -> None:
+        self._experiment, self.group = experiment, group
         self._pooled = experiment.method == "centralised"
         self._device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
-        self._text = FederatedText(experiment)
-        base = load_base(experiment, self._text)
-        if not self._pooled:
-            emulator = emulate(experiment, self._text, base, self._device)
-            base = load_client_base(experiment, self._text, emulator)
-        adapter, lora = experiment.adapter, experiment.lora
+        self._text = FederatedText(experiment, group)
+        self._parts: BaseParts | None = None
+        base, adapter, lora = self._base(), experiment.adapter, experiment.lora
         self._model = add_adapter(base, adapter, lora, experiment.seed).to(self._device)
         self._state, self._files = ModelState(self._model), AdapterFiles(self._model)
         if experiment.client.compute == "bf16":
@@ -76,7 +97,44 @@ class Solo:
             pad=self._text.pad,
             device=self._device,
             descent=whole_descent(experiment),
+            group=group,
+            zero=experiment.server.zero,
         )
+
+    def _base(self) -> nn.Module:
+        """The frozen model that is trained on: W0 if centralised, else a client's."""
+        experiment, text = self._experiment, self._text
+        if not self._pooled:
+            return load_client_base(experiment, text, self._emulator())
+        spread = experiment.server.zero.stage == 3
+        return self._spread() if spread else load_base(experiment, text)
+
+    def _spread(self) -> nn.Module:
+        """W0 spread over the ranks, which the client of the floor receives layer by layer."""
+        experiment, base = self._experiment, base_of(self._experiment, self._text)
+        model, _ = base.load(as_stored=True)
+        whole = broadcast_modules(experiment, model)
+        kept = trained_whole(experiment, model, self._text)
+        model = shard(model, experiment.server.zero, self._device, kept)
+        if experiment.emulator.kind == "none" and experiment.client.base_format == "packed":
+            self._parts = BaseParts(base, model, experiment.client, whole)
+        return model
+
+    def _emulator(self) -> bytes | None:
+        """What the federation's clients have in the place of W0."""
+        experiment, text = self._experiment, self._text
+        if experiment.emulator.kind == "none":
+            return None
+        return emulate(experiment, text, load_base(experiment, text), self._device)
+
+    @classmethod
+    def follow(cls, experiment: Experiment, group: Group) -> None:
+        """Be another rank than the first, with the same arguments, until that is done."""
+        follow(cls(experiment, group))
+
+    def close(self) -> None:
+        """Be done: the other ranks end."""
+        dismiss(self.group)
 
     def _steps(self, round: int) -> int:
         """Steps of a round."""
@@ -105,12 +163,16 @@ class Solo:
     ) -> Iterator[ClientReport]:
         """Train on, whoever is sampled: one report, of a client that sends nothing."""
         start = time.perf_counter()
-        loss = self._training.advance(self._steps(round))
+        loss = self._advance(self._steps(round))
         if not math.isfinite(loss):
             lr = self._experiment.client.lr
             raise UserError(f"round {round}: the training diverged (client.lr = {lr:g})")
         seconds = time.perf_counter() - start
         yield ClientReport(self._text.strongest, loss=loss, seconds=seconds)
+
+    @together
+    def _advance(self, steps: int) -> float:
+        return self._training.advance(steps)
 
     def aggregate(self, round: int) -> str:
         """The digest of the model's state."""
@@ -121,22 +183,41 @@ class Solo:
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """The one model: the server's if centralised, else a client's."""
         start = time.perf_counter()
-        found = self._text.evaluate(self._model, self._device)
+        found = self._measure()
         evaluation = Evaluation(*(found, None, None) if self._pooled else (None, None, found))
         measured = Measured(evaluation, time.perf_counter() - start)
         return lambda: measured
 
+    @together
+    def _measure(self) -> Metrics:
+        return self._text.evaluate(self._model, self._device)
+
     def measure_floor(self) -> Floor:
-        """What a client has without taking part: that of the federation with the same keys."""
-        experiment = self._experiment
-        emulator = emulate(experiment, self._text, load_base(experiment, self._text), self._device)
-        here = {"runtime.client_gpus": experiment.runtime.server_gpus}
-        return ClientHost(experiment.with_values(here), emulator=emulator).measure_floor()
+        """What a client has without taking part: that of the federation with the same keys.
+
+        The client is in this process alone, whatever the number of ranks.
+        """
+        known = (self._parts.identity, len(self._parts)) if self._parts else None
+        here = {"runtime.client_gpus": self._experiment.runtime.server_gpus}
+        return ClientHost(
+            self._experiment.with_values(here),
+            emulator=self._emulator(),
+            stream=BaseStream.of(known, self._part),
+        ).measure_floor()
+
+    @together
+    def _part(self, number: int) -> bytes:
+        """One part of the client's base, as all ranks make it."""
+        assert self._parts is not None
+        return self._parts.part(number, make=self.group.rank == 0)
 
     def adapter(self) -> dict[str, bytes]:
         """The model as a PEFT adapter, and `training.pt`: what the optimizer remembers."""
-        files = self._files.of(self._state.read())
-        return files | {TRAINING: self._training.save()}
+        return self._files.of(self._state.read()) | {TRAINING: self._save()}
+
+    @together
+    def _save(self) -> bytes:
+        return self._training.save()
 
     def restore(self, adapter: dict[str, bytes]) -> str:
         """Take back the state of an `adapter`; returns its digest.
@@ -144,9 +225,14 @@ class Solo:
         Raises:
             ValueError: it is an adapter of another model or rank.
         """
-        self._state.write(adapter_state(adapter, self._state.read()))
-        self._training.load(adapter[TRAINING])
+        state = adapter_state(adapter, self._state.read())
+        self._go_on(state, adapter[TRAINING])
         return state_digest(self._state.read())
+
+    @together
+    def _go_on(self, state: State, training: bytes) -> None:
+        self._state.write(state)
+        self._training.load(training)
 
     def renew_server(self) -> None:
         """Nothing to do: it is lost only with this process."""

@@ -17,7 +17,19 @@ def check_spread(experiment: Experiment) -> None:
         _check_tuning(experiment, method)
         _check_server(experiment, method)
         _check_client(experiment, method)
-    elif experiment.client.num_workers > 1 or experiment.client.zero.stage:
+        return
+    server, client = experiment.server, experiment.client
+    if experiment.method == "local-only" and (server.num_workers > 1 or server.zero.stage):
+        raise ConfigError(
+            f"server.num_workers = {server.num_workers}, server.zero.stage = {server.zero.stage}: "
+            "method 'local-only' has no server, only one client in one process; allowed: 1, 0"
+        )
+    if server.zero.stage == 3 and client.compute == "bf16":
+        raise ConfigError(
+            "server.zero.stage 3: client.compute 'bf16' stores the base in another format than it "
+            "is cut in; allowed with method 'centralised': fp32"
+        )
+    if client.num_workers > 1 or client.zero.stage:
         raise ConfigError(
             f"client.num_workers and client.zero: method '{experiment.method}' has no client "
             "actors; what it trains is spread by server.num_workers and server.zero"

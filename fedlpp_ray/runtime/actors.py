@@ -9,6 +9,9 @@ from ray.util.placement_group import PlacementGroup
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.runtime.backend import RayBackend
+from fedlpp_ray.runtime.party import SOLO
+from fedlpp_ray.runtime.reactor import Reactor
+from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.solo import SoloActor
 
 
@@ -33,5 +36,10 @@ def ray_backend(experiment: Experiment, group: PlacementGroup) -> ClosingBackend
         PlacementError: the actors are not ready in `runtime.start_timeout`.
         AssetError, TaskError, UserError: a party could not be made.
     """
-    federated = experiment.method == "federated"
-    return RayBackend(experiment, group) if federated else SoloActor(experiment, group)
+    if experiment.method == "federated":
+        return RayBackend(experiment, group)
+    if experiment.method == "local-only":
+        return SoloActor(experiment, ServerActor(experiment, group, SOLO, Reactor()))
+    from fedlpp_ray.runtime.ceiling import TrainedServer  # Ray Train, and Ray Data with it
+
+    return SoloActor(experiment, TrainedServer(experiment, group))

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import ray
 
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.records import ClientReport, report
-from fedlpp_ray.runtime.ranks import Ranks
+from fedlpp_ray.runtime.ranks import Others, Ranks
 
 SERVER = "fedlpp_ray.federation.server:Server"
 CLIENT_HOST = "fedlpp_ray.federation.client:ClientHost"
@@ -52,10 +52,13 @@ class Party:
 
     Args:
         others: Of a party of ranks, the options of the actors that are the others.
+        ranks: The others, where they are there already.
     """
 
-    def __init__(self, others: Sequence[Mapping[str, Any]] | None = None) -> None:
-        self._others, self._ranks = others, cast(Ranks | None, None)
+    def __init__(
+        self, others: Sequence[Mapping[str, Any]] | None = None, ranks: Others | None = None
+    ) -> None:
+        self._others, self._ranks = others, ranks
         self._party: Any = None
 
     def start(self, name: str, *arguments: Any) -> Place:
@@ -73,8 +76,9 @@ class Party:
         place = _place()
         with self._in_step():
             together = {}
-            if self._others is not None:
-                self._ranks = self._ranks or Ranks(self._others)
+            if self._others is not None and not self._ranks:
+                self._ranks = Ranks(self._others)
+            if self._ranks:
                 self._ranks.begin(name, arguments)
                 together = {"group": self._ranks.group}
             try:
@@ -91,7 +95,7 @@ class Party:
         """Look at the other ranks where this one fails: the reason may be there.
 
         Raises:
-            RankLost, UserError: as `Ranks.check`.
+            RankLost, UserError: as `Others.check`.
         """
         try:
             yield
@@ -118,9 +122,9 @@ class Party:
         """
         with self._in_step():
             result = getattr(self._party, method)(*map(_resolved, arguments))
-        if isinstance(result, Iterator):
-            return list(result)
-        return result() if callable(result) else result
+            if isinstance(result, Iterator):
+                return list(result)
+            return result() if callable(result) else result
 
     def evaluate(self, *arguments: Any) -> tuple[Any, Any, float]:
         """Evaluate a client: what it has before and after training, and the seconds it took."""

@@ -29,9 +29,8 @@ def client_actors(experiment: Experiment) -> int:
 
 def actors_of(experiment: Experiment) -> tuple[Any, ...]:
     """What two runs must have in common if the second is to use the actors of the first."""
-    federated = experiment.method == "federated"
     spread = [(x.num_workers, x.zero.stage) for x in (experiment.server, experiment.client)]
-    return federated, experiment.runtime, client_actors(experiment), spread
+    return experiment.method, experiment.runtime, client_actors(experiment), spread
 
 
 def bundles(experiment: Experiment) -> list[Bundle]:

@@ -1,7 +1,8 @@
-"""The other ranks of a party that has several: actors that rank 0, an actor too, makes and owns.
+"""The other ranks of a party that has several.
 
-So the driver deals with one actor a party, whatever its number of ranks, and when that one ends so
-do the others.
+They are actors that rank 0, an actor too, makes and owns: so the driver deals with one actor a
+party, whatever its number of ranks, and when that one ends so do the others. Or Ray Train has made
+them all (`trainer.py`).
 """
 
 from __future__ import annotations
@@ -10,23 +11,60 @@ import importlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fedlpp_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from fedlpp_ray.training import Group
+
 _GRACE = 2.0
 """Seconds in which the reason why a rank ends still reaches rank 0."""
+_NOTICED = 10.0
+"""Seconds in which Ray Train, which looks every 2, notices that a rank is gone."""
+
+
+OWN_GPU = {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+"""Ray shows an actor its own GPUs only, so each is the first of its process."""
 
 
 class RankLost(RayError):  # type: ignore[misc]
     """A rank is gone, or failed alone, and with it its party."""
 
 
-def join(rank: int, size: int, address: tuple[str, int]) -> Any:
+class Others(Protocol):
+    """Of rank 0: the others.
+
+    Attributes:
+        group: All.
+    """
+
+    group: Group
+
+    def begin(self, name: str, arguments: Sequence[Any]) -> None:
+        """Have the others begin to follow; this process makes the party at the same time."""
+
+    def check(self) -> None:
+        """Say why a rank has failed, if one has; what failed here is then its consequence.
+
+        Raises:
+            RankLost: it is gone.
+            UserError: what it refused.
+        """
+
+
+def follow(name: str, arguments: Sequence[Any], group: Group) -> None:
+    """Be a party together with rank 0, until that ends it."""
+    module, _, kind = name.partition(":")
+    getattr(importlib.import_module(module), kind).follow(*arguments, group=group)
+
+
+def join(rank: int, size: int, address: tuple[str, int]) -> Group:
     """Make this process a rank; returns the group when all have come."""
     import torch
     import torch.distributed as dist
@@ -34,9 +72,8 @@ def join(rank: int, size: int, address: tuple[str, int]) -> Any:
     from fedlpp_ray.training import Group
 
     host, port = address
-    # Ray shows an actor its own GPUs only, so each is the first of its process.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_SIZE="1")
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), **OWN_GPU)
     gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=size)
     return Group.joined()
@@ -51,9 +88,8 @@ class Rank:
 
     def follow(self, name: str, arguments: Sequence[Any]) -> None:
         """Be a party together with rank 0, until that ends it."""
-        module, _, kind = name.partition(":")
         try:
-            getattr(importlib.import_module(module), kind).follow(*arguments, group=self._group)
+            follow(name, arguments, self._group)
         except BaseException:
             # Who waits for a message of this rank learns of it when the process is gone.
             threading.Timer(_GRACE, os._exit, [1]).start()
@@ -61,13 +97,10 @@ class Rank:
 
 
 class Ranks:
-    """Of rank 0: the others.
+    """`Others` that rank 0 makes.
 
     Args:
         options: Of each of the others' actors, as Ray takes them.
-
-    Attributes:
-        group: All.
     """
 
     def __init__(self, options: Sequence[Mapping[str, Any]]) -> None:
@@ -77,17 +110,12 @@ class Ranks:
         self.group = join(0, size, address)
 
     def begin(self, name: str, arguments: Sequence[Any]) -> None:
-        """Have the others begin to follow; this process makes the party at the same time."""
+        """Have the others begin to follow."""
         ray.get(self._busy)
         self._busy = [actor.follow.remote(name, arguments) for actor in self._actors]
 
     def check(self) -> None:
-        """Say why a rank has failed, if one has; what failed here is then its consequence.
-
-        Raises:
-            RankLost: it is gone.
-            UserError: what it refused.
-        """
+        """Say why a rank has failed, if one has."""
         ready, _ = ray.wait(self._busy, num_returns=len(self._busy), timeout=_GRACE + 1)
         for reference in ready:
             try:
@@ -99,6 +127,36 @@ class Ranks:
                 raise RankLost(f"rank {number}: {error.cause}") from error
             except RayError as error:
                 raise RankLost(str(error)) from error
+
+
+class Joined:
+    """`Others` that Ray Train has made: each of them does `obey`.
+
+    Args:
+        group: All.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def begin(self, name: str, arguments: Sequence[Any]) -> None:
+        """Have the others begin to follow."""
+        self.group.tell(name, arguments)
+
+    def check(self) -> None:
+        """Wait: where another rank is gone, Ray Train ends this one, too, and says why."""
+        time.sleep(_NOTICED)
+
+
+def obey(group: Group) -> None:
+    """Of a rank of `Joined` other than the first: be each party that rank 0 begins."""
+    while True:
+        name, arguments = group.hear()
+        try:
+            follow(name, arguments, group)
+        except UserError:
+            time.sleep(_GRACE)  # rank 0 is likely to refuse the same, and to be heard first
+            raise
 
 
 def _free_port() -> int:

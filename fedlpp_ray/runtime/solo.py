@@ -1,31 +1,30 @@
-"""A run that is no federation, in one actor."""
+"""A run that is no federation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from ray.util.placement_group import PlacementGroup
-
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import Assignment, ClientReport, Memory, Pending
 from fedlpp_ray.federation.wire import Broadcast
-from fedlpp_ray.runtime.party import SOLO
 from fedlpp_ray.runtime.placement import actors_of
-from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor
 
 
 class SoloActor:
-    """A `Solo` in one actor.
+    """A `Solo` behind one actor.
+
+    Args:
+        experiment: What to run.
+        server: The actor.
 
     Raises:
         PlacementError, UserError: as `ray_backend`.
     """
 
-    def __init__(self, experiment: Experiment, group: PlacementGroup) -> None:
-        self._experiment = experiment
-        self._server = ServerActor(experiment, group, SOLO, Reactor())
+    def __init__(self, experiment: Experiment, server: ServerActor) -> None:
+        self._experiment, self._server = experiment, server
         try:
             self._server.wait()
         except BaseException:
@@ -66,8 +65,12 @@ class SoloActor:
         if actors_of(experiment) != actors_of(self._experiment):
             return False
         self._experiment = experiment
-        self._server.begin(experiment)
-        self._server.wait()
+        try:
+            self._server.begin(experiment)
+            self._server.wait()
+        except BaseException:
+            self.close()
+            raise
         return True
 
     def close(self) -> None:

@@ -54,10 +54,16 @@ class Group:
         if self._control is None:
             return [function(item) for item in items]
         turns = range(self.rank, len(items) + -len(items) % self.size, self.size)
-        own = [function(items[min(turn, len(items) - 1)]) for turn in turns]
+        found = self.gather([function(items[min(turn, len(items) - 1)]) for turn in turns])
+        return [found[turn % self.size][turn // self.size] for turn in range(len(items))]
+
+    def gather(self, own: T) -> list[T]:
+        """What each rank has, by rank, on every rank."""
+        if self._control is None:
+            return [own]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, group=self._control)
-        return [found[turn % self.size][turn // self.size] for turn in range(len(items))]
+        return found
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's of some items."""

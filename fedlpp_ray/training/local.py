@@ -136,26 +136,31 @@ class Training:
         return chosen
 
     def save(self) -> bytes:
-        """All but the model's parameters, to go on from."""
+        """All but the model's parameters, to go on from: the same bytes on all ranks, together."""
         file = io.BytesIO()
+        random, *others = self._group.gather(self._random)
         state = {
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._updates.save(),
             "schedule": self._schedule.state_dict(),
             "order": self._order.get_state(),
             "queue": self._queue,
-            "random": self._random,
+            "random": random,
+            "others": others,
         }
         torch.save(state, file)
         return file.getvalue()
 
     def load(self, saved: bytes) -> None:
-        """Go on from what `save` returned; the model holds the parameters of that time."""
+        """Go on from what `save` returned; the model holds the parameters of that time.
+
+        There are as many ranks as there were.
+        """
         state = torch.load(io.BytesIO(saved), weights_only=True)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._updates.reread()
+        self._updates.load(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._order.set_state(state["order"])
-        self._queue, self._random = state["queue"], state["random"]
+        self._queue = state["queue"]
+        self._random = [state["random"], *state.get("others", [])][self._group.rank]
 
     def _generators(self) -> list[Tensor]:
         """States of torch's generators that dropout draws from."""

@@ -21,8 +21,11 @@ class Updates(Protocol):
     def step(self, loss: Tensor) -> None:
         """Step along the gradient of the sum of all ranks' losses."""
 
-    def reread(self) -> None:
-        """Go on from parameters that were written meanwhile."""
+    def save(self) -> dict[str, Any]:
+        """What the optimizer remembers: the same on all ranks, which call this together."""
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from what `save` returned, and from the parameters as they are now."""
 
     def end(self) -> None:
         """Leave the model as any other."""
@@ -57,8 +60,13 @@ class Alike:
             rule.adjust(self._parameters)
         self._optimizer.step()
 
-    def reread(self) -> None:
-        """There is one copy of the parameters."""
+    def save(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return self._optimizer.state_dict()
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take it back."""
+        self._optimizer.load_state_dict(saved)
 
     def end(self) -> None:
         """There is nothing to undo."""
@@ -91,15 +99,23 @@ class Spread:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        self._ranks = group.size
+        self._optimizer, self._group = optimizer, group
 
     def step(self, loss: Tensor) -> None:
         """DeepSpeed takes the mean over the ranks; here it is the sum."""
-        self._engine.backward(loss * self._ranks)
+        self._engine.backward(loss * self._group.size)
         self._engine.step()
 
-    def reread(self) -> None:
-        """Renew the copy; without that the next step would bring the old parameters back."""
+    def save(self) -> dict[str, Any]:
+        """The shares of the optimizer's state, by rank."""
+        return {"shares": self._group.gather(self._optimizer.state_dict())}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take the own share back, and renew the copy of the parameters.
+
+        Without that the next step would bring the old ones back.
+        """
+        self._optimizer.load_state_dict(saved["shares"][self._group.rank])
         self._engine.optimizer.refresh_fp32_params()
 
     def end(self) -> None:

@@ -181,3 +181,10 @@ def test_ranks_of_clients_belong_to_federations(tiny_experiment: Experiment) -> 
     experiment = solo(tiny_experiment.with_values(values), "local-only")
     with pytest.raises(ConfigError, match=r"lora\.client_ranks.*method 'local-only'"):
         preflight.check([experiment])
+
+
+def test_a_client_alone_is_one_process(tiny_experiment: Experiment) -> None:
+    several = tiny_experiment.with_values({"server.num_workers": 2})
+    preflight.check([solo(several, "centralised")])
+    with pytest.raises(ConfigError, match=r"server\.num_workers = 2, .*method 'local-only'"):
+        preflight.check([solo(several, "local-only")])

@@ -196,13 +196,8 @@ def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> Non
         RayBackend(experiment, group)
 
 
-@pytest.mark.parametrize(
-    "method", ["centralised", pytest.param("local-only", marks=pytest.mark.slow)]
-)
-def test_a_run_that_is_no_federation_is_one_actor(
-    tiny_experiment: Experiment, tmp_path: Path, method: str
-) -> None:
-    experiment = tiny_experiment.with_values({"method": method, "federation.rounds": 2})
+def test_a_client_alone_is_one_actor(tiny_experiment: Experiment, tmp_path: Path) -> None:
+    experiment = tiny_experiment.with_values({"method": "local-only", "federation.rounds": 2})
     assert len(bundles(experiment)) == 1
     here = in_process(experiment)
     expected = numbers(list(Federation(experiment, here).run()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,11 +158,58 @@ tune_config = tune.TuneConfig(max_concurrent_trials=1)
 """
 
 
+@pytest.mark.parametrize(
+    ("method", "actors"), [("federated", {"Party": 2}), ("centralised", {"RayTrainWorker": 1})]
+)
 @pytest.mark.usefixtures("cluster")
-def test_one_trial_after_the_other_uses_the_same_actors(space_file: Path) -> None:
+def test_one_trial_after_the_other_uses_the_same_actors(
+    space_file: Path, method: str, actors: dict[str, int]
+) -> None:
+    """A server and a client host, or one worker, for three trials."""
     space_file.write_text(WARM)
-    outcomes = run_sweep(load_space(space_file), str(space_file.parent / "out"), [])
+    space = load_space(space_file, [f"method={method}"])
+    outcomes = run_sweep(space, str(space_file.parent / "out"), [])
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
-    started = [actor["ActorClassName"] for actor in ray._private.state.actors().values()]
-    assert started.count("Party") == 2  # a server and a client host, for three trials
+    started = Counter(actor["ActorClassName"] for actor in ray._private.state.actors().values())
+    assert {kind: started[kind] for kind in ("Party", "RayTrainWorker") if started[kind]} == actors
     check_nothing_is_left()
+
+
+MIXED = """
+from ray import tune
+
+base = "tiny.yaml"
+# Of 2 CPUs a federated trial takes 1 or 1.5, a centralised one of one worker 0.5, of two 1.
+param_space = {
+    "method": tune.grid_search(["centralised", "federated"]),
+    "server.num_workers": tune.grid_search([1, 2]),
+    "lora.rank": tune.grid_search([2, 4]),
+    "runtime.client_actors": 1,
+    "runtime.client_cpus": 0.5,
+}
+objectives = {"server/accuracy": "max"}
+"""
+
+
+@pytest.fixture
+def two_cpus() -> Iterator[None]:
+    """A cluster with 2 CPUs to give, whatever the machine has."""
+    with connect():
+        others = ray.cluster_resources()["CPU"] - 2
+        taken = placement_group([{"CPU": others}]) if others > 0 else None
+        assert taken is None or taken.wait(30)
+        yield
+        if taken:
+            remove_placement_group(taken)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cpus")
+def test_more_trials_than_room_of_all_kinds_end_well(space_file: Path) -> None:
+    """A centralised trial reserves in one piece what its workers take, as a federated one does."""
+    space_file.write_text(MIXED)
+    outcomes = run_sweep(load_space(space_file), str(space_file.parent / "out"), [])
+    assert [(outcome.status, outcome.error) for outcome in outcomes] == [("finished", None)] * 8
+    assert {outcome.metrics["bytes/total"] > 0 for outcome in outcomes} == {True, False}
+    actors = ray._private.state.actors().values()
+    assert {"Controller", "Party"} <= {actor["ActorClassName"] for actor in actors}
