@@ -43,7 +43,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-BENCHMARKS := rounds memory scale recovery startup arithmetic
+BENCHMARKS := rounds memory zero scale recovery startup arithmetic
 
 bench-runtime: $(INSTALLED)
 	for name in $(BENCHMARKS); do \

@@ -92,7 +92,7 @@ def _make_model(_group: Any, folder: str, sizes: dict[str, int]) -> None:
     for file in Path(folder).glob("*.safetensors"):
         file.unlink()
     config = LlamaConfig.from_pretrained(folder)
-    config.update(sizes | {"vocab_size": 32768, "num_attention_heads": 16})
+    config.update(sizes | {"vocab_size": 8192, "num_attention_heads": 16})
     config.update({"num_key_value_heads": 16, "head_dim": sizes["hidden_size"] // 16})
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 _CHUNK = 1 << 24
 _PAGE, _DONTNEED = mmap.PAGESIZE, 4
+_MMAP_THRESHOLD = -3
 
 
 def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors]) -> Tensors:
@@ -120,6 +121,17 @@ class Pages:
         start, end = -(-first // _PAGE) * _PAGE, (first + size) // _PAGE * _PAGE
         if self._libc is not None and end > start:
             self._libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+
+
+def return_large_blocks() -> None:
+    """Have the C library give what is freed of a megabyte and more back to the system at once.
+
+    By default it keeps blocks of up to 32 MB, in pieces: layers that come and go would cost a
+    process more memory than the model. Nothing where it is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _key(content: Mapping[str, object]) -> str:

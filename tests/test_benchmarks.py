@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import arithmetic, memory, methods, page, recovery, rounds, scale, startup
+from benchmarks import arithmetic, memory, methods, page, recovery, rounds, scale, startup, zero
 from benchmarks.bare import Loop
 from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.federation.client import ClientHost
@@ -71,7 +71,7 @@ def test_the_table_is_replaced_between_its_marks_alone(tmp_path: Path) -> None:
 
 def test_the_page_has_a_place_for_every_table() -> None:
     text = page.README.read_text(encoding="utf-8")
-    modules = (arithmetic, memory, recovery, rounds, scale, startup)
+    modules = (arithmetic, memory, recovery, rounds, scale, startup, zero)
     names = [rounds.NAME_GPU, *(module.NAME for module in modules)]
     names += [f"benchmarks.{name}" for name in ("flower", "federation", "base", "quantizer")]
     for name in names:
@@ -183,3 +183,12 @@ def test_a_later_trial_begins_where_the_one_before_it_in_its_process_ends() -> N
     ]
     assert found[2].share == pytest.approx(0.2)
     assert "Of all trials' wall time: **64.3%**" in startup.markdown(found)
+
+
+def test_the_line_of_a_spread_servers_memory_is_through_the_spread_rows_alone() -> None:
+    rows = [{"server": "one actor", "ranks": 1, "size": 1000, "bare": 1, "load": 5}]
+    rows += [
+        {"server": "ZeRO-3", "ranks": n, "size": 1000, "bare": 1, "load": 2000 / n + 300}
+        for n in (1, 2, 4)
+    ]
+    assert zero.fit(rows, "load") == pytest.approx((2.0, 300.0))

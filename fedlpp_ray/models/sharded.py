@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedlpp_ray.assets import AssetError
-from fedlpp_ray.cache import Pages
+from fedlpp_ray.cache import Pages, return_large_blocks
 from fedlpp_ray.config import ConfigError, ZeroConfig
 from fedlpp_ray.models.head import within
 
@@ -73,6 +73,8 @@ def shard(
     """
     deepspeed = load_deepspeed(device.type)
     _check_nvme(zero)
+    if device.type == "cpu":
+        return_large_blocks()
     from deepspeed.runtime.zero import parameter_offload
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero.model_dump()}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -342,3 +345,35 @@ def _resident(path: Path) -> int:
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize("called", [True, False])
+def test_what_is_freed_goes_back_to_the_system(called: bool) -> None:
+    """Without it the C library keeps pieces that are as large as layers."""
+    code = """
+import sys, torch
+from fedlpp_ray.cache import return_large_blocks
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+if sys.argv[1] == "True":
+    return_large_blocks()
+torch.empty(30 << 20, dtype=torch.uint8)  # from now on glibc keeps blocks of this size
+before, small = anonymous(), []
+for _ in range(50):
+    large = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(2)]
+    small.append(torch.ones(100_000, dtype=torch.uint8))
+    kept = large[0] if not small[1:] else kept
+    del large
+blocks = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(20)]
+small.append(torch.ones(100_000, dtype=torch.uint8))
+del blocks
+print(anonymous() - before)
+"""
+    command = [sys.executable, "-c", code, str(called)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown = int(done.stdout) >> 10
+    assert grown < 20 if called else grown > 50

@@ -236,5 +236,5 @@ def test_a_trial_reserves_what_its_workers_take(on_two: Experiment) -> None:
     assert bundles(on_two) == [each, each]
     assert trial_resources(on_two).bundles == [each, each]
     never = on_two.with_values({"server.num_workers": 99})
-    with pytest.raises(PlacementError, match=r"requires 49.5 CPU \(99 for the server"):
+    with pytest.raises(PlacementError, match=r"requires 49.5 CPU \(server: 99"):
         check_fits(bundles(never), never.server.num_workers)
