@@ -12,6 +12,7 @@ def check_spread(experiment: Experiment) -> None:
     Raises:
         ConfigError: naming them, and why.
     """
+    _check_devices(experiment)
     if experiment.method == "federated":
         method = find_method(experiment.server.aggregation)
         _check_tuning(experiment, method)
@@ -34,6 +35,19 @@ def check_spread(experiment: Experiment) -> None:
             f"client.num_workers and client.zero: method '{experiment.method}' has no client "
             "actors; what it trains is spread by server.num_workers and server.zero"
         )
+
+
+def _check_devices(experiment: Experiment) -> None:
+    runtime = experiment.runtime
+    for name, ranks, share in (
+        ("server", experiment.server.num_workers, runtime.server_gpus),
+        ("client", experiment.client.num_workers, runtime.client_gpus),
+    ):
+        if ranks > 1 and 0 < share < 1:
+            raise ConfigError(
+                f"{name}.num_workers = {ranks} with runtime.{name}_gpus = {share:g}: "
+                "NCCL takes no two ranks on one GPU; allowed: 0, 1"
+            )
 
 
 def _check_tuning(experiment: Experiment, method: Method) -> None:

@@ -96,8 +96,12 @@ class RayBackend:
             return False
         self._experiment, self._begun_again = experiment, True
         self._reactor.clear()
-        self.server.begin(experiment)
-        self._prepare()
+        try:
+            self.server.begin(experiment)
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
         return True
 
     @property

@@ -68,14 +68,13 @@ class Party:
             name: `module:class`.
             arguments: The party's own.
         """
-        if self._ranks and self._party:
-            self._party.close()
-        self._party = None  # the old one goes before the new one comes
-        gc.collect()
         module, _, kind = name.partition(":")
-        place = _place()
+        place, together = _place(), {}
         with self._in_step():
-            together = {}
+            if self._ranks and self._party:
+                self._party.close()
+            self._party = None  # the old one goes before the new one comes
+            gc.collect()
             if self._others is not None and not self._ranks:
                 self._ranks = Ranks(self._others)
             if self._ranks:

@@ -120,6 +120,16 @@ def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     assert now != lost
 
 
+def test_a_rank_that_is_lost_between_runs_is_made_good(
+    spread: Experiment, actors: RayBackend, together: list[dict[str, object]]
+) -> None:
+    """As between the trials of a sweep."""
+    assert actors.begin(spread)
+    kill_a_rank(actors.server.actor)
+    assert actors.begin(spread)
+    assert run(spread, actors) == together
+
+
 def test_what_one_rank_alone_refuses_is_said_with_its_number(
     spread: Experiment, actors: RayBackend
 ) -> None:
