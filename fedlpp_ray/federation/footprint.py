@@ -185,11 +185,13 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
         return whole
     set_here = party.zero.model_extra or {}
     ahead, live = (min(moved, FP32 * int(set_here.get(k, n))) for k, n in GATHERED.items())
+    streamed = experiment.server.zero.stage == 3
+    makes = role == "client" and not streamed  # the base first, on one rank of a node
     return replace(
         whole,
         process=WITH_DEEPSPEED,
-        loading=0,  # mapped pages are let go when they have been read
-        shared=0,
+        loading=whole.loading * makes,  # mapped pages are let go when they have been read
+        shared=whole.shared * (role == "client"),  # it is written there, by one rank of a node
         weights=-(-moved // party.num_workers) + 2 * largest + ahead,
         training=training + live * learns,
         evaluation=evaluation + largest,

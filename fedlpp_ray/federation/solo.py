@@ -116,8 +116,7 @@ class Solo:
         whole = broadcast_modules(experiment, model)
         kept = trained_whole(experiment, model, self._text)
         model = shard(model, experiment.server.zero, self._device, kept)
-        if experiment.emulator.kind == "none" and experiment.client.base_format == "packed":
-            self._parts = BaseParts(base, model, experiment.client, whole)
+        self._parts = BaseParts(base, model, experiment.client, whole)
         return model
 
     def _emulator(self) -> bytes | None:

@@ -30,6 +30,15 @@ def check_spread(experiment: Experiment) -> None:
             "server.zero.stage 3: client.compute 'bf16' stores the base in another format than it "
             "is cut in; allowed with method 'centralised': fp32"
         )
+    if server.zero.stage == 3 and (
+        experiment.emulator.kind != "none"
+        or (client.base_format == "bitsandbytes" and client.base_bits != FULL_PRECISION)
+    ):
+        raise ConfigError(
+            "server.zero.stage 3 with method 'centralised': the floor is measured on a client's "
+            "base, and an emulator or one of bitsandbytes is made of the whole model; allowed: "
+            "emulator.kind 'none' with client.base_format 'packed'"
+        )
     if client.num_workers > 1 or client.zero.stage:
         raise ConfigError(
             f"client.num_workers and client.zero: method '{experiment.method}' has no client "
@@ -84,7 +93,13 @@ def _check_server(experiment: Experiment, method: Method) -> None:
 
 
 def _check_client(experiment: Experiment, method: Method) -> None:
-    client = experiment.client
+    client, least = experiment.client, experiment.runtime.min_client_actors
+    if client.num_workers > 1 and least is not None:
+        raise ConfigError(
+            f"client.num_workers = {client.num_workers} with runtime.min_client_actors = {least}: "
+            "actors that join later get their ranks one by one, and could wait for each other's; "
+            "set runtime.min_client_actors to null"
+        )
     if client.zero.stage == 2:
         raise ConfigError(
             "client.zero.stage 2 spreads the gradient, which a client's rules correct as a whole; "

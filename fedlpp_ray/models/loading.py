@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -97,6 +98,7 @@ def read_classifier(
     if as_stored:
         with global_seed(seed, "model"):
             _draw(model, drawn)
+        _compute_buffers(model)
     return frozen(model, pad), drawn
 
 
@@ -143,8 +145,22 @@ def load_generator(config: ModelConfig, pad: int, *, as_stored: bool = False) ->
             f"model.name = '{config.name}': its checkpoint lacks {', '.join(missing[:5])}, which "
             "generation needs trained; name a causal language model with its language head"
         )
+    if as_stored:
+        _compute_buffers(model)
     model.generation_config = decoding_of(model.generation_config, pad)
     return frozen(model, pad)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Have buffers as in fp32: those that are computed were rounded to the checkpoint's dtype."""
+    with init_empty_weights(include_buffers=False):
+        computed = dict(type(model)._from_config(model.config, dtype=torch.float32).named_buffers())
+    for path, module in model.named_modules():
+        for leaf, own in module._buffers.items():
+            if own is not None and own.is_floating_point():
+                kept = leaf not in module._non_persistent_buffers_set
+                name = f"{path}.{leaf}" if path else leaf
+                module._buffers[leaf] = own.float() if kept else computed[name]
 
 
 def decoding_of(own: GenerationConfig, pad: int) -> GenerationConfig:

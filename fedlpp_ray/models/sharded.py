@@ -78,6 +78,9 @@ def shard(
     from deepspeed.runtime.zero import parameter_offload
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero.model_dump()}
+    kept = list(kept)
+    for name in kept:
+        model.get_submodule(name).float()
     with _without(model, kept):
         for layer in model.modules():
             _as_parameters(layer)

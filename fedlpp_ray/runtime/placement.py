@@ -29,7 +29,7 @@ def client_actors(experiment: Experiment) -> int:
 
 def actors_of(experiment: Experiment) -> tuple[Any, ...]:
     """What two runs must have in common if the second is to use the actors of the first."""
-    spread = [(x.num_workers, x.zero.stage) for x in (experiment.server, experiment.client)]
+    spread = [(x.num_workers, x.zero) for x in (experiment.server, experiment.client)]
     return experiment.method, experiment.runtime, client_actors(experiment), spread
 
 

@@ -176,7 +176,7 @@ class Pool:
                 self._pack_less(slot, None, error)
                 return
             if isinstance(error, UserError) or (
-                isinstance(error, RayTaskError) and not self.working
+                isinstance(error, RayTaskError) and not is_loss(error) and not self.working
             ):
                 raise  # the model or the data cannot be used: nor could another actor
             self._last_fault = in_words(error)

@@ -118,7 +118,8 @@ class Training:
         if self._group.size == 1:
             return loss
         share = self._targets(own) / self._targets(chosen)
-        return loss * share if share else logits.sum() * 0.0
+        # Through the model all the same, whose layers the other ranks gather in the backward pass.
+        return loss * share if share else logits.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
 
     def _targets(self, chosen: Sequence[int]) -> int:
         """Labels over which the loss of some examples is the mean."""

@@ -98,7 +98,10 @@ class Spread:
         deepspeed: Any = load_deepspeed(kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+            # Of what is trained alone: it sends rank 0's values of all that it is given.
+            trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+            found = deepspeed.initialize(model=trained, optimizer=optimizer, config=config)
+            self._engine = found[0]
         self._optimizer, self._group = optimizer, group
 
     def step(self, loss: Tensor) -> None:

@@ -255,6 +255,16 @@ def test_a_spread_server_saves_and_resumes_with_the_same_bits(
         ({"client.zero.stage": 3, "client.compute": "bf16"}, "allowed: fp32"),
         ({"client.zero.stage": 2}, "allowed: 0, 3"),
         ({"server.num_workers": 2, "runtime.server_gpus": 0.5}, "no two ranks on one GPU"),
+        ({"client.num_workers": 2, "runtime.min_client_actors": 1}, "min_client_actors to null"),
+        (
+            {
+                "method": "centralised",
+                "server.zero.stage": 3,
+                "emulator.kind": "shared-layer",
+                "adapter.kind": "prompt",
+            },
+            "emulator.kind 'none'",
+        ),
         ({"client.num_workers": 2, "method": "centralised"}, "has no client actors"),
         ({"server.zero.stage": 3, "server.zero.offload_param.device": "moon"}, "DeepSpeed says"),
     ],

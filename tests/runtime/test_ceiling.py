@@ -147,7 +147,8 @@ def run_on(backend: ClosingBackend, experiment: Experiment) -> Any:
     return federation.history, backend.measure_floor()
 
 
-@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [1, 0])
 def test_a_worker_dies_between_rounds(
     on_two: Experiment, two: ClosingBackend, expected: list[dict[str, object]], which: int
 ) -> None:

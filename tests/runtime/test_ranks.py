@@ -104,7 +104,7 @@ def kill_a_rank(actor: Any) -> None:
     in_actor(actor, lambda self: ray.kill(self._ranks._actors[0]))
 
 
-@pytest.mark.parametrize("party", ["server", "client"])
+@pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.slow)])
 def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
 ) -> None:
@@ -120,12 +120,13 @@ def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     assert now != lost
 
 
+@pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.slow)])
 def test_a_rank_that_is_lost_between_runs_is_made_good(
-    spread: Experiment, actors: RayBackend, together: list[dict[str, object]]
+    spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
 ) -> None:
     """As between the trials of a sweep."""
     assert actors.begin(spread)
-    kill_a_rank(actors.server.actor)
+    kill_a_rank(actors.server.actor if party == "server" else actors.pool.slots[0].actor)
     assert actors.begin(spread)
     assert run(spread, actors) == together
 
