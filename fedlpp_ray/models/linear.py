@@ -23,12 +23,17 @@ STEP, STEPPED = 8, 128
 
 
 class FrozenLinear(nn.Linear):
-    """`nn.Linear`; while neither weight nor bias is trained, `product` computes it."""
+    """`nn.Linear`; while neither weight nor bias is trained, `product` computes it.
+
+    Also one that is spread over ranks: torch's own function keeps for its backward pass the tensor
+    that was gathered, and with all of them the whole model; this one has it gathered again.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes: (..., in_features) to (..., out_features)."""
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if trained or not _suits(input, self.weight):
+        spread = hasattr(self.weight, "ds_id")
+        if trained or not (spread or _suits(input, self.weight)):
             return super().forward(input)
         return _Frozen.apply(input, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -302,6 +302,38 @@ def test_adapters_are_whole_on_every_rank_and_what_is_written_is_used(
         assert found["read"]
 
 
+def kept_between_passes(group: Group, base: Base) -> tuple[float, float]:
+    """MB of the model, and by how much a rank has grown between a forward and a backward pass."""
+    few = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    model = spread(base, ZeroConfig(**SPREAD.model_dump(), stage3_prefetch_bucket_size=0, **few))
+    adapted = add_lora(model, LoraConfig(rank=2), seed=1).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for _ in range(2):  # in the first, what is used for the first time is made
+        before = _anonymous()
+        loss = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum()
+        grown = _anonymous() - before
+        loss.backward()
+    return sum(p.ds_numel for p in model.parameters() if hasattr(p, "ds_id")) * 4 / 2**20, grown
+
+
+def _anonymous() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def test_no_layer_stays_gathered_between_its_forward_and_backward_pass(
+    two: Ranks, tmp_path: Path
+) -> None:
+    """torch's linear function keeps the gathered weight: the whole model, when all have run."""
+    tiny.make_generator(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.update({"hidden_size": 768, "intermediate_size": 2048, "head_dim": 192})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for size, grown in two.run(kept_between_passes, generator(tmp_path)):
+        assert size > 40
+        assert grown < size / 4
+
+
 def tied(group: Group, base: Base) -> bool:
     model = spread(base)
     return model.lm_head.weight is model.model.embed_tokens.weight
