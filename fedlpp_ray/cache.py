@@ -9,18 +9,21 @@ writes to such a tensor gets a copy of that page of his own (MAP_PRIVATE).
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import logging
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from uuid import uuid4
 
+import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +37,18 @@ Tensors = dict[str, Tensor]
 _CHUNK = 1 << 24
 _PAGE, _DONTNEED = mmap.PAGESIZE, 4
 _MMAP_THRESHOLD = -3
+TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls types."""
 
 
 def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors]) -> Tensors:
@@ -47,18 +62,34 @@ def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors])
         content: All that decides the tensors, as JSON can write it.
         make: The tensors, contiguous, on the CPU, none inside another.
     """
+    made = functools.cache(make)
+    try:
+        return share_file(kind, content, lambda path: save_file(made(), path))
+    except (OSError, SafetensorError):
+        return made()
+
+
+def share_file(kind: str, content: Mapping[str, object], write: Callable[[Path], None]) -> Tensors:
+    """As `share`, of tensors that are written into a file and perhaps never in memory together.
+
+    Args:
+        kind: Folder inside `cache_folder()`.
+        content: All that decides the tensors, as JSON can write it.
+        write: Makes the file of safetensors at this path.
+
+    Raises:
+        OSError, SafetensorError: neither the cache nor a temporary folder can be written.
+    """
     folder, key = cache_folder() / kind, _key(content)
     found = _read(folder, key)
     if found is not None:
         return found
-    made: Tensors | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
             found = _read(folder, key)
             if found is None:
-                made = make()
-                _write(folder, key, made)
+                _write(folder, key, write)
                 found = _read(folder, key)
     except (OSError, SafetensorError) as error:
         logger.warning(
@@ -66,24 +97,58 @@ def share(kind: str, content: Mapping[str, object], make: Callable[[], Tensors])
             "folder",
             *(folder, error),
         )
-    if found is not None:
-        return found
-    return _from_file(make() if made is None else made)
+    return _from_file(write) if found is None else found
 
 
-def _from_file(tensors: Tensors) -> Tensors:
+def _from_file(write: Callable[[Path], None]) -> Tensors:
     """The same, mapped from a file without a name.
 
     Some kernels' bits depend on where in memory a tensor begins, so that it must be as in a file
     that is shared.
     """
-    try:
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "tensors.safetensors"
-            save_file(tensors, path)
-            return load_file(path)
-    except (OSError, SafetensorError):
-        return tensors
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors.safetensors"
+        write(path)
+        return load_file(path)
+
+
+def write_parts(path: Path, outline: Tensors, parts: Iterable[Tensors]) -> None:
+    """Write a file of safetensors part by part, so that no more than a part is in memory.
+
+    Args:
+        path: The file.
+        outline: All tensors by name; of each only type and shape are read.
+        parts: Each tensor once, in any order.
+
+    Raises:
+        ValueError: naming tensors of which the parts and the outline differ.
+    """
+    header, end = dict[str, Any](), 0
+    for name, tensor in sorted(outline.items(), key=lambda item: -item[1].element_size()):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {**_described(tensor), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    missing = set(header)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for name, tensor in (item for part in parts for item in part.items()):
+            known = header.get(name, {})
+            described = _described(tensor)
+            if name not in missing or described != {key: known[key] for key in described}:
+                raise ValueError(name)
+            missing.remove(name)
+            file.seek(start + known["data_offsets"][0])
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if missing:
+        raise ValueError(", ".join(sorted(missing)[:5]))
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    """Type and shape, as a header has them."""
+    return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
 
 
 def is_there(kind: str, content: Mapping[str, object]) -> bool:
@@ -155,12 +220,12 @@ def _read(folder: Path, key: str) -> Tensors | None:
     return None
 
 
-def _write(folder: Path, key: str, tensors: Tensors) -> None:
+def _write(folder: Path, key: str, write: Callable[[Path], None]) -> None:
     for left in folder.glob(f".{key}-*"):  # by one that was killed: the lock is ours
         left.unlink(missing_ok=True)
     aside = folder / f".{key}-{uuid4().hex}"
     try:
-        save_file(tensors, aside)
+        write(aside)
         with aside.open("rb+") as file:  # on the disk before it has its name
             os.fsync(file.fileno())
         aside.replace(folder / f"{key}-{_checksum(aside)}.safetensors")

@@ -11,18 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlpp_ray.cache import TYPE_NAMES
 from fedlpp_ray.errors import UserError
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Expected dtype and shape of every tensor of a message."""
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.int64: "I64",
-}
 _HEADER_BYTES_PER_TENSOR = 1024
 _HEADER_BYTES = 4096
 _REPR = reprlib.Repr()
@@ -83,11 +77,11 @@ def check_listing(listing: Mapping[str, Any], parts: Parts) -> None:
         names = ", ".join(name if name in parts else brief(name) for name in different)
         raise MessageError(f"missing or unexpected tensors: {names}")
     for name, (dtype, shape) in parts.items():
-        entry, expected = listing[name], {"dtype": _DTYPES[dtype], "shape": list(shape)}
+        entry, expected = listing[name], {"dtype": TYPE_NAMES[dtype], "shape": list(shape)}
         found = {k: entry.get(k) for k in expected} if isinstance(entry, dict) else entry
         if not _same(found, expected):
             raise MessageError(
-                f"{name}: dtype and shape are {brief(found)}, expected {_DTYPES[dtype]}, {shape}"
+                f"{name}: dtype and shape are {brief(found)}, expected {TYPE_NAMES[dtype]}, {shape}"
             )
 
 

@@ -7,6 +7,7 @@ quantized; and a client needs no checkpoint, only the model's configuration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from uuid import uuid4
 
 import safetensors.torch
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlpp_ray.assets import AssetError
 from fedlpp_ray.base_stream import BaseStream
-from fedlpp_ray.cache import Tensors, share
+from fedlpp_ray.cache import Tensors, share_file, write_parts
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig
 from fedlpp_ray.models.base import as_linear, linears, quantize_base, quantize_layer
 from fedlpp_ray.models.head import within
@@ -106,17 +107,17 @@ def receive_base(
     skeleton = load_skeleton(base.model, base.classes, base.pad)
     kept = whole(skeleton)
     quantize_base(skeleton, config, kept)
-    parts = map(stream.part, range(stream.count))
-    tensors = share(KIND, stream.identity, lambda: _collect(parts))
-    if places(skeleton).keys() != tensors.keys():
-        differing = sorted(places(skeleton).keys() ^ tensors.keys())
+    outline = {name: tensor for name, (tensor, _) in places(skeleton).items()}
+
+    def write(path: Path) -> None:
+        parts = map(stream.part, range(stream.count))
+        write_parts(path, outline, map(safetensors.torch.load, parts))
+
+    try:
+        fill(skeleton, share_file(KIND, stream.identity, write), kept)
+    except (ValueError, KeyError) as error:
         raise AssetError(
             f"model.name = '{base.model.name}': the server's model and this configuration differ "
-            f"in {', '.join(differing[:5])}"
-        )
-    fill(skeleton, tensors, kept)
+            f"in {error}"
+        ) from error
     return skeleton
-
-
-def _collect(parts: Iterable[bytes]) -> Tensors:
-    return {name: tensor for part in parts for name, tensor in safetensors.torch.load(part).items()}
