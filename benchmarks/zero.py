@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import page
 
 NAME = "benchmarks.zero"
-RANKS = (1, 2, 4, 8)
+RANKS = (1, 2, 4)
 WORK = ("load", "client base", "evaluate", "train")
 SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18}
 QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -120,8 +120,8 @@ def _serve(group: Any, folder: str, stage: int) -> dict[str, int]:
         "task.data": f"{folder}/model/data.csv",
         "task.prompt": "what is the {thing}",
         "task.target": "{says}",
-        "task.held_out": 8,
-        "generation.examples": 8,
+        "task.held_out": 4,
+        "generation.examples": 4,
         "task.max_length": 12,
         "generation.max_new_tokens": 2,
         "generation.beams": 1,
