@@ -114,10 +114,13 @@ def receive_base(
         write_parts(path, outline, map(safetensors.torch.load, parts))
 
     try:
-        fill(skeleton, share_file(KIND, stream.identity, write), kept)
-    except (ValueError, KeyError) as error:
+        tensors = share_file(KIND, stream.identity, write)
+        if differing := sorted(outline.keys() ^ tensors.keys()):  # another client received it
+            raise ValueError(", ".join(differing[:5]))
+    except ValueError as error:
         raise AssetError(
             f"model.name = '{base.model.name}': the server's model and this configuration differ "
             f"in {error}"
         ) from error
+    fill(skeleton, tensors, kept)
     return skeleton

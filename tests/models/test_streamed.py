@@ -76,12 +76,17 @@ def test_what_is_trained_is_sent_as_it_was_before_training(
     assert all(torch.equal(p, before[n]) for n, p in found.named_parameters())
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("received", [False, True])
 def test_a_client_with_another_configuration_says_what_differs(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, layers: int, *, received: bool
 ) -> None:
+    """Also where another process of its node has the base already."""
     base = base_of("llama", folders["llama"])
     client = without_weights(base, tmp_path / "client")
     path = tmp_path / "client" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
-    with pytest.raises(AssetError, match=r"differ in model\.layers\.2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    if received:
+        receive_base(base, PACKED, lambda _: [], stream_of(base, [], []))
+    with pytest.raises(AssetError, match=rf"differ in model\.layers\.{min(layers, 2)}"):
         receive_base(client, PACKED, lambda _: [], stream_of(base, [], []))
