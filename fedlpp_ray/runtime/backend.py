@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.base_stream import BaseStream
@@ -31,12 +31,23 @@ from fedlpp_ray.runtime.placement import (
     actors_of,
     client_actors,
     client_bundle,
+    client_indices,
     in_words,
+    is_whole,
 )
 from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor, client_in
 from fedlpp_ray.runtime.sums import AtServer, OnNodes, Sums
+
+_SECONDS = 5.0
+"""Seconds between two looks at whether the server is there."""
+
+
+class ServerGone(RayError):  # type: ignore[misc]
+    """A client could not start because the server is lost, which is no fault of its own."""
+
+    preempted = True
 
 
 class RayBackend:
@@ -82,7 +93,8 @@ class RayBackend:
         else:
             self._pool.begin()
         self.server.wait()
-        self.pool.until(lambda: bool(self.pool.working))
+        while not self.pool.until(lambda: bool(self.pool.working), time.monotonic() + _SECONDS):
+            self.examples()  # clients may wait for their base, from a server that is lost
         self._pace = Pace(self._steps(self.examples()))
 
     @property
@@ -111,11 +123,13 @@ class RayBackend:
         return self._pool
 
     def _make_pool(self) -> Pool:
-        runtime = self._experiment.runtime
+        runtime, size = self._experiment.runtime, client_actors(self._experiment)
         return Pool(
             self._reactor,
             self._start,
-            size=client_actors(self._experiment),
+            size=size,
+            reserved=sum(bool(client_indices(self._experiment, each)) for each in range(size)),
+            whole=partial(is_whole, self._group),
             attempts=runtime.attempts,
             timeout=runtime.start_timeout,
             needs=in_words(client_bundle(self._experiment)),
@@ -283,5 +297,14 @@ class RayBackend:
 
 
 def _part_of(server: Any, number: int) -> bytes:
-    """A part of the base, from the server's actor."""
-    return ray.get(server.call.remote("base_part", number))  # type: ignore[no-any-return]
+    """A part of the base, from the server's actor.
+
+    Raises:
+        ServerGone: there is none any more.
+    """
+    try:
+        return ray.get(server.call.remote("base_part", number))  # type: ignore[no-any-return]
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise ServerGone(str(error)) from error

@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
@@ -182,6 +187,11 @@ def limits(wanted: int) -> tuple[Bundle, list[Bundle]]:
         for resources, count in more.kinds:
             nodes += [resources] * min(count, wanted)
     return total, nodes
+
+
+def is_whole(group: PlacementGroup) -> bool:
+    """Whether every bundle has its place; one that is lost with its node is to get another."""
+    return bool(placement_group_table(group)["state"] == "CREATED")
 
 
 @contextmanager

@@ -22,6 +22,10 @@ from fedlpp_ray.runtime.watch import draining, what_is_missing
 
 logger = logging.getLogger(__name__)
 
+_GIVES_WAY = "the run's reservation has lost a bundle, which comes first"
+_SECONDS_TO_PLACE = 5.0
+"""Seconds in which room that was made is used."""
+
 Begin = Callable[["Slot"], tuple[Any, Any]]
 """A slot to its actor, a new one where it has none, and the reference of its start."""
 
@@ -33,7 +37,8 @@ class Slot:
     Attributes:
         number: Of the slot.
         actor: Its handle.
-        state: `absent` where it was given up, or is not needed any more.
+        state: `absent` where it was given up, or is not needed any more; `waiting` while it leaves
+            room to the run's reservation.
         place: Where it runs, once it has started.
         job: What it does.
         starts: How often in a row it did not start.
@@ -43,7 +48,7 @@ class Slot:
 
     number: int
     actor: Any = None
-    state: Literal["starting", "idle", "busy", "absent"] = "absent"
+    state: Literal["starting", "idle", "busy", "waiting", "absent"] = "absent"
     place: Place | None = None
     job: Job | None = None
     starts: int = 0
@@ -58,6 +63,8 @@ class Pool:
         reactor: Serves their results.
         begin: Starts an actor.
         size: Number of actors at most.
+        reserved: So many of them, the first, have bundles of the run's reservation.
+        whole: Whether all bundles of the reservation have their places.
         attempts: How often a job, or in a row the start of an actor, is tried.
         timeout: Seconds without any actor that works after which the pool gives up.
         needs: What one actor needs, in words.
@@ -74,6 +81,8 @@ class Pool:
         begin: Begin,
         *,
         size: int,
+        reserved: int,
+        whole: Callable[[], bool],
         attempts: int,
         timeout: float,
         needs: str,
@@ -82,9 +91,13 @@ class Pool:
         self.reactor, self._begin = reactor, begin
         self._attempts, self._timeout, self._needs = attempts, timeout, needs
         self._advise = advise
+        self._reserved, self._whole = reserved, whole
+        self._made_room = 0.0
         self._last_fault = "none has started"
         self.slots = [Slot(number) for number in range(size)]
         self.begin()
+        if size > reserved:
+            reactor.regularly(self._mind_reservation)
 
     @property
     def working(self) -> list[Slot]:
@@ -159,7 +172,38 @@ class Pool:
                 f"needs {self._needs}; {what_is_missing()}; last fault: {self._last_fault}"
             )
 
+    def _mind_reservation(self) -> None:
+        """Have actors without a bundle make room where the reservation lost one with its node.
+
+        Ray places all bundles that it lacks together or none: a client's without room would keep
+        the server's from being placed, too.
+        """
+        others = self.slots[self._reserved :]
+        if self._whole():
+            self._made_room = 0.0
+            for slot in others:
+                if slot.state == "waiting":
+                    self._start(slot)
+            return
+        for slot in others:
+            if slot.state == "starting" and slot.place is None:
+                self._give_way(slot)
+        if time.monotonic() - self._made_room > _SECONDS_TO_PLACE:
+            self._made_room = time.monotonic()
+            working = [slot for slot in others if slot in self.working]
+            for slot in sorted(working, key=lambda slot: (slot.state, slot.number))[-1:]:
+                self._give_way(slot)  # one that is idle, if there is one
+
+    def _give_way(self, slot: Slot) -> None:
+        job = slot.job
+        self._replace(slot, _GIVES_WAY)
+        if job:
+            self.again(job, _GIVES_WAY, counts=False)
+
     def _start(self, slot: Slot) -> None:
+        if slot.actor is None and slot.number >= self._reserved and not self._whole():
+            slot.state = "waiting"
+            return
         slot.state, slot.place, slot.job = "starting", None, None
         slot.turn += 1
         slot.actor, started = self._begin(slot)
@@ -180,7 +224,7 @@ class Pool:
             ):
                 raise  # the model or the data cannot be used: nor could another actor
             self._last_fault = in_words(error)
-            slot.starts += not getattr(error, "preempted", False)
+            slot.starts += not _is_blameless(error)
             self._end(slot)
             again = slot.starts < self._attempts
             what = "is started again" if again else "is given up"
@@ -233,7 +277,7 @@ class Pool:
         noticed = slot.place is not None and slot.place.node in draining()
         self._replace(slot, in_words(error))
         self._probe()
-        counts = not (noticed or getattr(error, "preempted", False))
+        counts = not (noticed or _is_blameless(error))
         self.again(job, in_words(error), counts=counts)
 
     def _probe(self) -> None:
@@ -311,6 +355,12 @@ class OutOfMemoryError(UserError):
 def is_loss(error: RayError) -> bool:
     """Whether something was lost that a call needed, rather than that the call failed by itself."""
     return not isinstance(error, RayTaskError) or isinstance(error.cause, RayError)
+
+
+def _is_blameless(error: RayError) -> bool:
+    """Whether the actor was taken away, or what it needed was, rather than that it failed."""
+    cause = getattr(error, "cause", None)
+    return getattr(error, "preempted", False) or getattr(cause, "preempted", False)
 
 
 def _is_out_of_memory(error: RayError) -> bool:

@@ -12,15 +12,24 @@ Then = Callable[[Any], None]
 """Is given the reference whose result is there, or has failed."""
 
 
+_SECONDS = 1.0
+
+
 class Reactor:
     """Calls back for each result when it is there. Whoever waits for anything serves all."""
 
     def __init__(self) -> None:
         self._then: dict[Any, Then] = {}
+        self._duties: list[Callable[[], None]] = []
+        self._looked = time.monotonic()
 
     def when(self, reference: Any, then: Then) -> None:
         """Call `then` with the reference when it is ready."""
         self._then[reference] = then
+
+    def regularly(self, duty: Callable[[], None]) -> None:
+        """Do something every second while anyone waits."""
+        self._duties.append(duty)
 
     def clear(self) -> None:
         """Wait for nothing any more."""
@@ -40,7 +49,8 @@ class Reactor:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            self._serve(min(left, 1.0))
+            self._serve(min(left, _SECONDS))
+            self._do_duties()
         return True
 
     def get(self, reference: Any) -> Any:
@@ -49,6 +59,12 @@ class Reactor:
         self.when(reference, found.append)
         self.until(lambda: bool(found))
         return ray.get(reference)
+
+    def _do_duties(self) -> None:
+        if time.monotonic() - self._looked >= _SECONDS:
+            self._looked = time.monotonic()
+            for duty in self._duties:
+                duty()
 
     def _serve(self, seconds: float) -> None:
         if not self._then:

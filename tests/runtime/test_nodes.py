@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +250,22 @@ def test_sums_by_node_give_the_bits_of_one_process(  # noqa: PLR0917
     assert len(summed[0]) == 2
     again = {name for name in names if name.startswith("round 1") and names.count(name) == 2}
     assert bool(again) == (lost != "nothing")
+
+
+def test_a_client_without_a_bundle_makes_room_for_one_that_lost_its_own(
+    nodes: Nodes, backend: RayBackend
+) -> None:
+    """It may be first on the node that comes in place of the lost one."""
+    slots = backend.pool.slots
+    for _ in range(3):
+        backend.pool.until(lambda: len(backend.pool.working) == 2 and slots[0].place is not None)
+        assert slots[0].place
+        nodes.kill(slots[0].place.node)
+        backend.pool._probe()
+        backend.pool.until(lambda: len(backend.pool.working) == 1)
+        nodes.add(CLIENT_CPUS)
+        deadline = time.monotonic() + 120
+        assert backend.pool.until(lambda: slots[0].state == "idle", deadline)
 
 
 @pytest.mark.parametrize("values", [{}, EMULATED], ids=["default", "emulator"])

@@ -55,13 +55,15 @@ class Actor:
 class World:
     """A pool, the actors that it has made, and what became of its jobs."""
 
-    def __init__(self, size: int, timeout: float = 60.0) -> None:
+    def __init__(self, size: int, timeout: float = 60.0, reserved: int | None = None) -> None:
+        self.whole = True
         self.made: list[Actor] = []
         self.killed: list[Actor] = []
         self.done: list[tuple[str, Any]] = []
         self.failed: dict[str, str] = {}
         self.reactor = Reactor()
         values: dict[str, Any] = {"attempts": 3, "timeout": timeout, "needs": "1 CPU"}
+        values |= {"reserved": size if reserved is None else reserved, "whole": lambda: self.whole}
         self.pool = Pool(self.reactor, self.begin, size=size, advise=str, **values)
 
     def begin(self, slot: Slot) -> tuple[Actor, Ref]:
@@ -133,6 +135,32 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     monkeypatch.setattr(ray, "kill", kill)
     monkeypatch.setattr(pool, "draining", frozenset)
     return make
+
+
+def test_actors_without_a_bundle_make_room_until_the_reservation_is_whole(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First those that wait for room, then of those at work one every five seconds."""
+    clock = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.seconds)
+    w = world(5, reserved=1)
+    w.start(0, 1, 2, 3)
+    for name in ("a", "b", "c"):
+        w.submit(name)
+
+    def tick(seconds: float) -> list[str]:
+        clock.seconds += seconds
+        w.reactor._do_duties()
+        return [slot.state for slot in w.pool.slots]
+
+    w.whole = False
+    assert tick(1) == ["busy", "busy", "busy", "waiting", "waiting"]
+    assert tick(1) == ["busy", "busy", "busy", "waiting", "waiting"]
+    assert tick(5) == ["busy", "busy", "waiting", "waiting", "waiting"]
+    w.finish(0, "a")
+    assert w.at(0) == ["a", "c"]
+    w.whole = True
+    assert tick(1) == ["busy", "busy", "starting", "starting", "starting"]
 
 
 def test_the_longest_job_that_waits_is_next(world: Callable[..., World]) -> None:

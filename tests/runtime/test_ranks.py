@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.runtime import RayBackend, check_fits, connect, reserve
+from fedlpp_ray.runtime import backend as backend_module
 from fedlpp_ray.runtime.placement import PlacementError, bundles
 from tests import tiny
 from tests.federation.test_loop import numbers
@@ -129,6 +131,33 @@ def test_a_rank_that_is_lost_between_runs_is_made_good(
     kill_a_rank(actors.server.actor if party == "server" else actors.pool.slots[0].actor)
     assert actors.begin(spread)
     assert run(spread, actors) == together
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no base comes from a server")
+def test_a_server_lost_while_the_first_client_receives_its_base_is_made_good(
+    monkeypatch: pytest.MonkeyPatch,
+    experiment: Experiment,
+    spread: Experiment,
+    actors: RayBackend,
+    tmp_path: Path,
+) -> None:
+    """Three clients that start, all attempts of one, find no server."""
+
+    def lose(server: Any, number: int) -> bytes:
+        lost = len(list(tmp_path.iterdir()))
+        if lost < 3:
+            (tmp_path / str(lost)).touch()
+            ray.kill(server)
+        return part_of(server, number)
+
+    part_of = backend_module._part_of
+    monkeypatch.setattr(backend_module, "_part_of", lose)
+    other = {"client.base_bits": 3}  # which no cache has
+    assert actors.begin(spread.with_values(other))
+    assert len(list(tmp_path.iterdir())) == 3
+    alone = experiment.with_values(other)
+    assert close(run(spread.with_values(other), actors), run(alone, InProcess(alone)))
 
 
 def test_what_one_rank_alone_refuses_is_said_with_its_number(
