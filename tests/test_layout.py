@@ -54,6 +54,7 @@ def test_a_file_imports_rooms_below_its_own(path: Path) -> None:
         ("deepspeed", {"models"}),
         ("datasets", {"tasks"}),
         ("sklearn", {"tasks"}),
+        ("Crypto", {"privacy"}),
     ],
 )
 def test_a_large_package_is_imported_in_one_room(package: str, rooms: set[str]) -> None:
