@@ -32,8 +32,10 @@ def state_of(values: list[float], dtype: torch.dtype = torch.float32) -> dict[st
 
 
 def test_the_unit_is_the_smallest_with_which_no_sum_wraps() -> None:
+    cases = [(10, 1, 1.0), (7, 1000, 0.3), (1, 1, 1e-30), (50, 9, 1e38)]
+    cases.append((4, 1, 0.5 - 2.0**-32))  # four roundings upwards would make 2^31
     for bits, limit in ((32, 2**31), (64, 2**53)):
-        for clients, weight, clip in ((10, 1, 1.0), (7, 1000, 0.3), (1, 1, 1e-30), (50, 9, 1e38)):
+        for clients, weight, clip in cases:
             grid = Grid(clip, weight, clients, bits)
 
             def largest(unit: float, grid: Grid = grid) -> Fraction:

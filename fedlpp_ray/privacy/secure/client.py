@@ -16,7 +16,9 @@ from fedlpp_ray.privacy.secure.session import STEPS, Session, Step
 class SecureClient:
     """What one client knows in one session, and what it does: four steps, each once, in order.
 
-    A step that raises has changed nothing and has given nothing away. Pickles, secrets included.
+    A step that raises has changed nothing and has given nothing away. It pickles, secrets included;
+    but a step taken again from an older copy uses masks and keys twice, which gives away what they
+    hide. After a crash there is a new session, with new clients.
 
     Args:
         session: The aggregation.
