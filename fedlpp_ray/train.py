@@ -156,7 +156,7 @@ class _Command:
         preflight.check([self.experiment])
         total = self.experiment.federation.rounds
         with _server_lost_for_good(), self._backend() as backend:
-            federation = Federation(self.experiment, backend)
+            federation = Federation(self.experiment, backend, self.folder.keep)
             if previous:
                 checkpoint.restore(federation, previous)
             rounds = checkpoint.checkpointed(federation, self.folder)

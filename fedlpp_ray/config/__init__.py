@@ -1,5 +1,6 @@
 """The experiment description: one frozen, validated object, written as YAML."""
 
+from fedlpp_ray.config.adversary import AdversaryConfig
 from fedlpp_ray.config.errors import ConfigError
 from fedlpp_ray.config.files import dump_experiment, load_experiment, parse_overrides
 from fedlpp_ray.config.identity import check_same, fingerprint, flat_config
@@ -15,6 +16,7 @@ from fedlpp_ray.config.zero import ZeroConfig
 __all__ = [
     "FULL_PRECISION",
     "AdapterConfig",
+    "AdversaryConfig",
     "Bits",
     "ClientConfig",
     "ConfigError",

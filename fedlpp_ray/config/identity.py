@@ -57,13 +57,14 @@ def check_same(there: Experiment, here: Experiment, where: str) -> None:
 
 
 def _decisive(experiment: Experiment) -> dict[str, Any]:
-    """Dotted keys without those of `runtime` that change no bit.
+    """Dotted keys without those of `adversary` and `runtime` that change no bit.
 
     Of a GPU only whether there is one decides, not the share of it.
     """
     flat = flat_config(experiment.model_dump(mode="json"))
     runtime = experiment.runtime
-    return {key: value for key, value in flat.items() if not key.startswith("runtime.")} | {
+    apart = ("adversary.", "runtime.")
+    return {key: value for key, value in flat.items() if not key.startswith(apart)} | {
         "runtime.threads": runtime.threads,
         "runtime.client_gpus": runtime.client_gpus > 0,
         "runtime.server_gpus": runtime.server_gpus > 0,

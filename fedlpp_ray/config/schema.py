@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedlpp_ray.config.adversary import AdversaryConfig
 from fedlpp_ray.config.errors import ConfigError, explain
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
@@ -40,6 +41,7 @@ class Experiment(Section):
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
     simulation: SimulationConfig = SimulationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -11,6 +11,7 @@ from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
 from fedlpp_ray.tasks import Prompts, Tokens, Wording, load_corpus, share_out
+from fedlpp_ray.tasks.examples import Indices
 from fedlpp_ray.training import (
     ALONE,
     Evaluator,
@@ -77,7 +78,11 @@ class FederatedText:
 
     def client(self, client: int) -> Tokens:
         """A client's examples."""
-        return self._train.take(self.partition.indices(client))
+        return self.of_clients(self.partition.indices(client))
+
+    def of_clients(self, indices: Indices) -> Tokens:
+        """Clients' examples by their numbers in the partition."""
+        return self._train.take(indices)
 
 
 def load_base(experiment: Experiment, text: FederatedText) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from fedlpp_ray.config import Experiment
@@ -37,14 +37,22 @@ class Federation:
     Args:
         experiment: What to run.
         backend: The parties.
+        keep: Is given each broadcast with the round in which it was made; after a resume perhaps
+            again.
 
     Attributes:
         history: The finished rounds. A run that starts with a history continues after it.
     """
 
-    def __init__(self, experiment: Experiment, backend: Backend) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        backend: Backend,
+        keep: Callable[[int, Broadcast], None] = lambda *_: None,
+    ) -> None:
         self.experiment = experiment
         self.backend = backend
+        self._keep = keep
         self.history: list[RoundRecord] = []
         self._memories: dict[int, StoredBytes] = {}  # what clients keep
         self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
@@ -112,6 +120,7 @@ class Federation:
             readers = {*clients, self._strongest} if self._is_evaluated(round - 1) else clients
             with clock("broadcast"):
                 self._broadcasts[made] = self.backend.encode_broadcast(made, sorted(readers))
+            self._keep(made, self._broadcasts[made])
 
     def _broadcast(self, started: int) -> Broadcast:
         return self._broadcasts[self.experiment.downlink.made_in(started)]

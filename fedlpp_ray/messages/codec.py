@@ -138,6 +138,22 @@ def decode(
     return state
 
 
+def quantized(payload: bytes, schema: Schema, codec: Codec) -> dict[str, QuantizedTensor]:
+    """The codes and scales of a message that `decode` has accepted, by tensor.
+
+    Args:
+        payload: The message.
+        schema: As `decode` was given it.
+        codec: As `decode` was given it.
+    """
+    tensors = load(payload, _expected_parts(schema, codec))
+    return {
+        name: _stored(name, shape, quantizer, tensors)
+        for name, shape in schema.items()
+        if name not in codec.flags and (quantizer := codec.of(name))
+    }
+
+
 def load(payload: bytes, parts: Parts) -> State:
     """The tensors of a message whose header has been checked.
 
@@ -183,8 +199,14 @@ def _restore(name: str, shape: tuple[int, ...], codec: Codec, tensors: Mapping[s
     quantizer = codec.of(name)
     if quantizer is None:
         return tensors[name].float()  # type: ignore[no-any-return]
+    return _stored(name, shape, quantizer, tensors).dequantize()
+
+
+def _stored(
+    name: str, shape: tuple[int, ...], quantizer: Quantizer, tensors: Mapping[str, Any]
+) -> QuantizedTensor:
     parts = {part: tensors[f"{name}:{part}"] for part in quantizer.parts(shape)}
     try:
-        return QuantizedTensor.from_parts(quantizer, shape, torch.float32, parts).dequantize()
+        return QuantizedTensor.from_parts(quantizer, shape, torch.float32, parts)
     except ValueError as error:
         raise MessageError(f"{name}: {error}") from None

@@ -213,6 +213,25 @@ class QuantizedTensor:
             torch.mul(rows, scale, out=values[run].view_as(rows))
         return values.view(self.shape)
 
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest weight that rounds to each code, fp32, the original shape.
+
+        Between the midpoints to the neighbouring levels, times the block's scale; the outermost
+        cells end at plus and minus the scale. Of rounding to nearest only; a scale that is rounded
+        itself (``"fp16"``, ``"double"``) moves the bounds by as much.
+
+        Raises ``ValueError`` for stochastic rounding.
+        """
+        if self.quantizer.rounding != "nearest":
+            raise ValueError("stochastic rounding has no cells")
+        levels = self.quantizer.levels(self.parts["codes"].device)
+        end = levels.values.new_ones(1)
+        low, high = torch.cat([-end, levels.midpoints]), torch.cat([levels.midpoints, end])
+        scales = FORMATS[self.quantizer.scale].decode(self.parts)
+        each = scales.repeat_interleave(self.quantizer.block)[: self.numel]
+        codes = self._codes().long()
+        return (low[codes] * each).view(self.shape), (high[codes] * each).view(self.shape)
+
     def _codes(self) -> Tensor:
         """The unpacked codes, ``(numel,)``."""
         return unpack(self.parts["codes"], self.quantizer.levels().values.numel(), self.numel)

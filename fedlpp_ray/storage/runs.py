@@ -8,27 +8,37 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedlpp_ray.config import Experiment, check_same, load_experiment
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.storage.whole import ASIDE, DamagedError, check_folder, sync, write_file
+from fedlpp_ray.storage.whole import (
+    ASIDE,
+    DamagedError,
+    check_folder,
+    read_folder,
+    sync,
+    write_file,
+    write_folder,
+)
 
 EXPERIMENT = "experiment.yaml"
 """The experiment, in each checkpoint."""
 CHECKPOINTS, RESULT, RUN_ID, LOCK = "checkpoints", "result.json", "run-id", "lock"
+BROADCASTS = "broadcasts"
 KEPT = 2
 
 logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Where a run keeps what it needs to go on.
+    """Where a run keeps what it needs to go on, and what it sent.
 
-    `checkpoints/round-000007` is the state after round 7; the last two are kept. `result.json` is
-    there once the run is finished.
+    `checkpoints/round-000007` is the state after round 7; the last two are kept.
+    `broadcasts/round-000007` has the messages made in round 7; all are kept. `result.json` is there
+    once the run is finished.
 
     Args:
         path: The folder; made by the first write.
@@ -38,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path, experiment: Experiment) -> None:
         self.path, self._experiment = path, experiment
         self._checkpoints = path / CHECKPOINTS
+        self._broadcasts = path / BROADCASTS
 
     @property
     def rounds(self) -> int:
@@ -119,6 +130,36 @@ class RunFolder:
                 "anew in another folder"
             )
         return None
+
+    def keep(self, round: int, messages: Mapping[int, bytes]) -> None:
+        """Add what was broadcast in a round, if anything was, for whoever attacks the run; once.
+
+        Args:
+            round: In which it was made.
+            messages: By edition.
+        """
+        target = self._broadcasts / f"round-{round:06d}"
+        if target.exists() or not any(messages.values()):
+            return
+        aside = target.with_name(target.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write_folder(aside, {f"{key}.safetensors": x for key, x in messages.items()})
+        os.replace(aside, target)
+        sync(self._broadcasts)
+
+    def kept(self) -> dict[int, dict[int, bytes]]:
+        """All that was broadcast, by the round in which it was made and the edition.
+
+        Raises:
+            DamagedError: a broadcast is not whole.
+        """
+        found = self._broadcasts.glob("round-*")
+        whole = sorted((path for path in found if path.suffix != ASIDE), key=_round)
+        return {
+            _round(path): {int(Path(n).stem): x for n, x in read_folder(path).items()}
+            for path in whole
+        }
 
     def result(self) -> str | None:
         """The JSON text of the finished run's result, or None.

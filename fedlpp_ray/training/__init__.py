@@ -12,6 +12,7 @@ from fedlpp_ray.training.evaluation import (
     Evaluator,
     classification_evaluator,
     generation_evaluator,
+    mean_loss,
 )
 from fedlpp_ray.training.group import ALONE, Group, dismiss, follow, together
 from fedlpp_ray.training.local import Training
@@ -49,6 +50,7 @@ __all__ = [
     "distill",
     "follow",
     "generation_evaluator",
+    "mean_loss",
     "next_server_variate",
     "predictions",
     "process_peak",

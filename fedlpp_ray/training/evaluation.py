@@ -106,6 +106,18 @@ def generation_evaluator(
     return measure
 
 
+def mean_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over all labels, nats: of examples, or of tokens to be written.
+
+    Args:
+        model: Left in evaluation mode.
+        batches: From `evaluation_batches`.
+        device: Where the model is.
+    """
+    with _reading(model, device):
+        return float(_likelihood(model, batches, device, ALONE)["loss"])
+
+
 def _likelihood(
     model: nn.Module, batches: Sequence[Batch], device: torch.device, group: Group
 ) -> Metrics:

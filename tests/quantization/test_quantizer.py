@@ -428,3 +428,27 @@ def test_impossible_headers_are_refused() -> None:
         QuantizedTensor.from_parts(Quantizer(4), (128,), torch.int32, parts)
     with pytest.raises(ValueError, match="'codes' must be"):
         QuantizedTensor.from_parts(Quantizer(4), (2**40,), F32, parts)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"), [("ternary", "nf"), *((bits, kind) for bits in (2, 4) for kind in KINDS)]
+)
+def test_cells_hold_the_weights_and_end_where_another_code_begins(bits: Bits, kind: Kind) -> None:
+    quantizer = Quantizer(bits, kind, 64)
+    weights = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    found = quantizer.quantize(weights)
+    low, high = found.cells()
+    assert low.shape == high.shape == weights.shape
+    slack = 1e-6 * weights.abs().max()  # the scale's inverse is rounded
+    assert ((low - slack <= weights) & (weights <= high + slack)).all()
+    # Just above the cell's end, in blocks whose scale that does not change, is another code.
+    inner = high < found.dequantize().abs().max(dim=1, keepdim=True).values * 0.5
+    beyond = quantizer.quantize(torch.where(inner, high + 1e-3, weights)).dequantize()
+    assert (beyond[inner] > found.dequantize()[inner]).all()
+
+
+def test_stochastic_rounding_has_no_cells() -> None:
+    quantizer = Quantizer(2, "nf", 64, "fp32", "stochastic")
+    found = quantizer.quantize(torch.randn(64), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="no cells"):
+        found.cells()

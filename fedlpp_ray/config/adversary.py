@@ -1,0 +1,30 @@
+"""Who attacks the model, and what they know: the threat model of the attack ladder."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedlpp_ray.config.section import Positive, Section
+
+
+class AdversaryConfig(Section):
+    """Clients that do as they should, and keep what they receive. No key changes a bit of a run."""
+
+    base: Literal["public", "proprietary"] | None = None
+    """Whether they have W0 in full precision: `public`, as a model of a hub. None: public, except
+    where clients have an emulator (`emulator.kind`), which is made because W0 is not."""
+    colluders: Positive = 1
+    """Clients that pool broadcasts, examples and updates: the strongest, then those with most
+    examples."""
+    rounds: Literal["all", "sampled"] = "all"
+    """Of which rounds they have the broadcasts: `sampled`, those in which one of them took part; or
+    `all`, the worst case: they take part in every round, or wait until they were chosen often."""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of their own examples on which they choose; they train attacks on the rest."""
+    patience: Positive = 3
+    """Fine-tuning on their own examples stops after so many looks without a better validation
+    loss."""
+    max_looks: Positive = 20
+    """Looks at most, one after as many steps as a client makes in a round."""

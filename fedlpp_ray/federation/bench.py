@@ -1,0 +1,165 @@
+"""What colluding clients can compute: `privacy.view.Tools` on their models and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.config import FULL_PRECISION, Experiment
+from fedlpp_ray.federation.data import FederatedText, load_base
+from fedlpp_ray.federation.emulation import load_client_base
+from fedlpp_ray.lora import ModelState, add_adapter, add_residuals
+from fedlpp_ray.privacy.view import Base
+from fedlpp_ray.seeds import derive, generator
+from fedlpp_ray.state import State
+from fedlpp_ray.tasks import Metrics, Tokens, evaluation_batches
+from fedlpp_ray.training import FedProx, Training, client_descent, mean_loss
+
+
+def colluders(experiment: Experiment, text: FederatedText) -> tuple[int, ...]:
+    """The strongest client, then those with most examples; among equals the lowest number."""
+    by_size = np.argsort(-np.asarray(text.examples), kind="stable").tolist()
+    others = [client for client in by_size if client != text.strongest]
+    return (text.strongest, *others)[: experiment.adversary.colluders]
+
+
+def bases_of(experiment: Experiment) -> tuple[Base, ...]:
+    """The frozen models of the colluders; W0 is not named twice where clients have it anyhow."""
+    has_all = experiment.client.base_bits == FULL_PRECISION and experiment.client.compute == "fp32"
+    public = experiment.adversary.base != "proprietary" and experiment.emulator.kind == "none"
+    return ("client", "public") if public and not has_all else ("client",)
+
+
+class Held:
+    """A frozen model with an adapter to put states into.
+
+    Args:
+        experiment: Says which adapter.
+        base: The frozen model; it is changed.
+        device: Where it goes.
+    """
+
+    def __init__(self, experiment: Experiment, base: nn.Module, device: torch.device) -> None:
+        adapter, lora = experiment.adapter, experiment.lora
+        self.model = add_adapter(base, adapter, lora, experiment.seed).to(device)
+        method = find_method(experiment.server.aggregation)
+        if method.writes_base and experiment.server.send_residual:
+            add_residuals(self.model)
+        self.state = ModelState(self.model)
+        self.initial = self.state.read()
+
+
+class Bench:
+    """The colluders' models, and their own examples. Implements `privacy.view.Tools`.
+
+    Args:
+        experiment: What was run.
+        text: Its text; of the clients' shares only the colluders' are read.
+        device: Where to compute.
+        emulator: What clients have in the place of W0, if they do.
+
+    Attributes:
+        clients: The colluders.
+        bases: What they have.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        text: FederatedText,
+        device: torch.device,
+        emulator: bytes | None,
+    ) -> None:
+        self._experiment, self._text, self._device = experiment, text, device
+        self.bases = bases_of(experiment)
+        self._held = {
+            "client": Held(experiment, load_client_base(experiment, text, emulator), device)
+        }
+        if "public" in self.bases:
+            self._held["public"] = Held(experiment, load_base(experiment, text), device)
+        own = colluders(experiment, text)
+        self.clients = frozenset(own)
+        self._train, validation = self._split(own)
+        size = experiment.evaluation.batch_size
+        self._validation = evaluation_batches(validation, text.pad, size)
+
+    @property
+    def initial(self) -> State:
+        """What every client has from the seed before the first broadcast."""
+        return self._held["client"].initial
+
+    def _split(self, own: Sequence[int]) -> tuple[Tokens, Tokens]:
+        """The colluders' examples to train on, and those to choose on."""
+        indices = np.concatenate([self._text.partition.indices(client) for client in own])
+        random = generator(self._experiment.seed, "adversary")
+        indices = indices[torch.randperm(len(indices), generator=random).numpy()]
+        count = max(1, round(self._experiment.adversary.validation * len(indices)))
+        return self._text.of_clients(indices[count:]), self._text.of_clients(indices[:count])
+
+    def loss(self, state: State, base: Base) -> float:
+        """Mean loss on the validation examples, nats."""
+        model = self._put(state, base)
+        return mean_loss(model, self._validation, self._device)
+
+    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
+        """The state after a client's local training of a round, without SCAFFOLD's correction.
+
+        Raises:
+            ValueError: the client is no colluder.
+        """
+        if client not in self.clients:
+            raise ValueError(f"client {client} is none of the adversary's")
+        experiment, held = self._experiment, self._held[base]
+        self._put(state, base)
+        mu = experiment.client.proximal
+        method = find_method(experiment.server.aggregation)
+        with held.state.training_only(method.trained(round)):
+            Training(
+                held.model,
+                self._text.client(client),
+                experiment.client,
+                steps=self._text.steps(client),
+                seed=derive(experiment.seed, "local", round, client),
+                pad=self._text.pad,
+                device=self._device,
+                descent=client_descent(experiment, round),
+                rules=[FedProx(mu)] if mu else [],
+            ).run()
+        return held.state.read()
+
+    def tune(self, state: State, base: Base) -> State:
+        """The state of the lowest validation loss, the first included, at a constant rate."""
+        experiment, config = self._experiment, self._experiment.adversary
+        held, best, lowest, since = self._held[base], state, self.loss(state, base), 0
+        steps = experiment.federation.steps(len(self._train), experiment.client.batch_size)
+        training = Training(
+            held.model,
+            self._train,
+            experiment.client,
+            steps=steps * config.max_looks,
+            seed=derive(experiment.seed, "adversary"),
+            pad=self._text.pad,
+            device=self._device,
+        )
+        for _ in range(config.max_looks):
+            training.advance(steps)
+            found = mean_loss(held.model, self._validation, self._device)
+            if found < lowest:
+                best, lowest, since = held.state.read(), found, 0
+            else:
+                since += 1
+            if since == config.patience:
+                break
+        return best
+
+    def measure(self, state: State, base: Base) -> Metrics:
+        """Of a state on the held-out examples, which no attack sees."""
+        return self._text.evaluate(self._put(state, base), self._device)
+
+    def _put(self, state: State, base: Base) -> nn.Module:
+        self._held[base].state.write(state)
+        return self._held[base].model

@@ -1,0 +1,182 @@
+"""The attack ladder on a run: what its broadcasts let the adversary of the experiment have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.aggregation.products import pad
+from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.federation.bench import Bench
+from fedlpp_ray.federation.data import FederatedText, load_base
+from fedlpp_ray.federation.emulation import emulate
+from fedlpp_ray.federation.masks import fill
+from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.wire import Broadcast, Wire, edition
+from fedlpp_ray.messages import decode, quantized
+from fedlpp_ray.privacy.attacks import Known
+from fedlpp_ray.privacy.view import Base, Received, View
+from fedlpp_ray.state import schema_of
+from fedlpp_ray.tasks import UTILITY, Metrics
+from fedlpp_ray.training import configure_torch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack came to.
+
+    Attributes:
+        attack: Its name.
+        base: The frozen model that its state was put into.
+        level: What it costs.
+        broadcasts: Number of broadcasts that it was given.
+        metrics: On the held-out examples.
+    """
+
+    attack: str
+    base: Base
+    level: str
+    broadcasts: int
+    metrics: Metrics
+
+    @property
+    def name(self) -> str:
+        """Of the attack, with the base if that is not the client's."""
+        return self.attack if self.base == "client" else f"{self.attack} on W0"
+
+    @property
+    def utility(self) -> float:
+        """U of the model."""
+        return float(self.metrics[UTILITY])
+
+
+def check_adversary(experiment: Experiment) -> None:
+    """Refuse what the ladder cannot attack.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    adversary = experiment.adversary
+    if adversary.colluders > experiment.federation.clients:
+        raise ConfigError(
+            f"adversary.colluders = {adversary.colluders} is more than federation.clients = "
+            f"{experiment.federation.clients}"
+        )
+    if adversary.base == "public" and experiment.emulator.kind != "none":
+        raise ConfigError(
+            f"adversary.base 'public' with emulator.kind '{experiment.emulator.kind}': clients "
+            "have an emulator because W0 is not public; allowed: proprietary"
+        )
+
+
+class Ladder:
+    """The adversary of an experiment, with what a run sent.
+
+    Args:
+        experiment: What was run.
+        broadcasts: All that were sent, by the round in which they were made.
+        history: The finished rounds: who was sampled.
+
+    Attributes:
+        view: What the adversary has, in a client's base.
+        bases: The models that it has.
+
+    Raises:
+        AssetError, TaskError, ValueError: the model or the data cannot be used.
+        UserError: the adversary has received nothing, or the method leaves the server no model.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        broadcasts: Mapping[int, Broadcast],
+        history: Iterable[RoundRecord],
+    ) -> None:
+        check_adversary(experiment)
+        if experiment.method != "federated":
+            raise UserError(f"method '{experiment.method}' sends nothing that could be attacked")
+        if find_method(experiment.server.aggregation).personal:
+            raise UserError(
+                f"server.aggregation '{experiment.server.aggregation}' leaves a part of the model "
+                "at each client: the server has none to protect"
+            )
+        runtime = experiment.runtime
+        device = configure_torch(runtime.threads, runtime.client_gpus)
+        text = FederatedText(experiment)
+        emulator = None
+        if experiment.emulator.kind != "none":
+            emulator = emulate(experiment, text, load_base(experiment, text), device)
+        self._bench = Bench(experiment, text, device, emulator)
+        self.bases = self._bench.bases
+        self._experiment = experiment
+        self._wire = Wire(experiment, schema_of(self._bench.initial))
+        readable = self._readable(broadcasts, history)
+        received = tuple(self._received(broadcasts, readable))
+        if not received:
+            raise UserError(
+                f"adversary.rounds '{experiment.adversary.rounds}': client "
+                f"{' and '.join(map(str, sorted(self._bench.clients)))} received no broadcast in "
+                f"{len(broadcasts)} that were sent; more adversary.colluders or "
+                "adversary.rounds 'all' have some"
+            )
+        self.view = View(received, experiment.lora.rank, self._bench, readable)
+
+    def run(self, attacks: Mapping[str, Known]) -> Iterator[Outcome]:
+        """Each attack in each base that the adversary has, and what it came to."""
+        for base in self.bases:
+            view = replace(self.view, base=base)
+            for name, known in attacks.items():
+                metrics = self._bench.measure(known.attack(view), base)
+                yield Outcome(name, base, known.level, len(view.received), metrics)
+
+    def _readable(
+        self, broadcasts: Mapping[int, Broadcast], history: Iterable[RoundRecord]
+    ) -> dict[int, frozenset[int]]:
+        """By colluder, the broadcasts that it reads under the threat model."""
+        clients, made_in = self._bench.clients, self._experiment.downlink.made_in
+        if self._experiment.adversary.rounds == "all":
+            return {each: frozenset(broadcasts) for each in clients}
+        found: dict[int, set[int]] = {each: set() for each in clients}
+        for record in history:
+            for client in record.clients:
+                if client.client in clients:
+                    found[client.client].add(made_in(record.round - client.staleness))
+        return {each: frozenset(made) for each, made in found.items()}
+
+    def _received(
+        self, broadcasts: Mapping[int, Broadcast], readable: Mapping[int, frozenset[int]]
+    ) -> Iterator[Received]:
+        """Each message once, whoever of them read it."""
+        for made, broadcast in sorted(broadcasts.items()):
+            seen = set()
+            for client in sorted(self._bench.clients):
+                key = edition(self._experiment, client)
+                if made in readable[client] and key in broadcast and key not in seen:
+                    seen.add(key)
+                    yield self._read(made, client, key, broadcast[key])
+
+    def _read(self, made: int, client: int, key: int, payload: bytes) -> Received:
+        """As a client reads it: what never travels is as the seed made it."""
+        rank, lora = self._wire.rank(key), self._experiment.lora
+        schema, codec = self._wire.broadcast(rank), self._wire.downlink
+        state = decode(payload, self._wire.envelope(made, key), schema, codec)
+        state = pad(fill(state, state), lora.rank)
+        initial = self._bench.initial
+        held = initial | {name: t for name, t in state.items() if name in initial}
+        cells = {}
+        if codec.quantizer and codec.quantizer.rounding == "nearest" and rank == lora.rank:
+            tensors = quantized(payload, schema, codec)
+            cells = {
+                name: tensor.cells()
+                for name, tensor in tensors.items()
+                if name in held and tensor.shape == tuple(held[name].shape)
+            }
+        return Received(made, client, held, cells)
+
+
+def strongest(outcomes: Iterable[Outcome]) -> Outcome:
+    """The outcome of the highest utility; one that has diverged only if all have."""
+    return max(outcomes, key=lambda x: -math.inf if math.isnan(x.utility) else x.utility)

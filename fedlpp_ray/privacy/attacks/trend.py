@@ -1,0 +1,28 @@
+"""Extrapolation: where the broadcasts were going, without what rounding adds to each."""
+
+from __future__ import annotations
+
+from fedlpp_ray.privacy.attacks.base import attack
+from fedlpp_ray.privacy.attacks.means import average
+from fedlpp_ray.privacy.view import View
+from fedlpp_ray.state import State
+
+WINDOW = 6
+"""Newest broadcasts that the line is laid through."""
+
+
+@attack("trend", "broadcast")
+def trend(view: View) -> State:
+    """The value at the newest broadcast of the least-squares line through the newest `WINDOW`.
+
+    It is a mean with weights 1/n + (T - mean t) (t - mean t) / sum (t - mean t)^2, some of them
+    negative. Of fewer than three broadcasts it is the newest.
+    """
+    times = [float(each.made) for each in view.received]
+    used = times[-WINDOW:]
+    centre = sum(used) / len(used)
+    spread = sum((t - centre) ** 2 for t in used)
+    if len(used) < 3 or not spread:
+        return view.last.state
+    weights = [1 / len(used) + (used[-1] - centre) * (t - centre) / spread for t in used]
+    return average(view, [0.0] * (len(times) - len(used)) + weights)

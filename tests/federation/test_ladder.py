@@ -1,0 +1,189 @@
+"""The attack ladder on real, tiny runs: it sees what the adversary saw, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.federation import Federation, RoundRecord
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.ladder import Ladder, Outcome, check_adversary, strongest
+from fedlpp_ray.federation.wire import Broadcast
+from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
+
+COARSE = {"downlink.bits": 2, "client.base_bits": 4}
+
+
+class Run:
+    """A finished run, and what it sent."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.sent: dict[int, Broadcast] = {}
+        federation = Federation(experiment, InProcess(experiment), self.sent.__setitem__)
+        self.history: list[RoundRecord] = list(federation.run())
+
+    def ladder(self, **values: Any) -> Ladder:
+        keys = {f"adversary.{key}": value for key, value in values.items()}
+        return Ladder(self.experiment.with_values(keys), self.sent, self.history)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_experiment: Experiment) -> Run:
+    return Run(tiny_experiment.with_values(COARSE))
+
+
+def by_name(found: list[Outcome]) -> dict[str, Outcome]:
+    return {each.name: each for each in found}
+
+
+def test_all_broadcasts_are_kept_the_first_and_that_of_the_final_state_too(run: Run) -> None:
+    assert list(run.sent) == [1, 2, 3, 4]
+
+
+def test_the_ladder_meets_what_the_run_itself_measured(run: Run) -> None:
+    names = ["last-broadcast", "after-training", "pooled-updates"]
+    found = by_name(list(run.ladder().run(find_attacks(names))))
+    last = run.history[-1].evaluation
+    assert last is not None
+    assert found["last-broadcast"].metrics == last.client_before
+    assert found["after-training"].metrics == last.client_after
+    assert found["pooled-updates"].metrics == last.client_after  # one client's mean is itself
+    assert {each.broadcasts for each in found.values()} == {4}
+
+
+def test_every_attack_runs_in_both_bases_and_gives_the_same_numbers_again(run: Run) -> None:
+    ladder = run.ladder(colluders=2, max_looks=2)
+    first, again = (list(ladder.run(ATTACKS)) for _ in range(2))
+    assert first == again
+    assert [each.name for each in first] == [*ATTACKS, *(f"{name} on W0" for name in ATTACKS)]
+    assert {each.base for each in first} == {"client", "public"}
+    best = strongest(first)
+    assert best.utility == max(each.utility for each in first)
+
+
+def test_where_w0_is_proprietary_or_clients_have_it_there_is_one_base(
+    run: Run, tiny_experiment: Experiment
+) -> None:
+    assert run.ladder(base="proprietary").bases == ("client",)
+    full = Run(tiny_experiment.with_values({"federation.rounds": 1}))
+    assert full.ladder(base="public").bases == ("client",)
+
+
+def test_an_adversary_has_the_broadcasts_of_the_rounds_in_which_it_was_sampled(run: Run) -> None:
+    ladder = run.ladder(rounds="sampled", colluders=2)
+    clients = ladder.view.tools.clients
+    took_part = [
+        record.round
+        for record in run.history
+        if any(client.client in clients for client in record.clients)
+    ]
+    assert [each.made for each in ladder.view.received] == took_part
+    assert len(took_part) > 0
+
+
+def test_an_adversary_that_was_never_sampled_has_nothing(run: Run) -> None:
+    ladder = run.ladder()
+    (strongest_client,) = ladder.view.tools.clients
+    strangers = [
+        record
+        for record in run.history
+        if all(client.client != strongest_client for client in record.clients)
+    ]
+    sampled = run.experiment.with_values({"adversary.rounds": "sampled"})
+    with pytest.raises(UserError, match="received no broadcast in 4 that were sent"):
+        Ladder(sampled, run.sent, strangers)
+
+
+def test_an_attack_is_not_given_the_servers_state(run: Run) -> None:
+    """What is received is on the quantizer's grid, so it is none of the full-precision values."""
+    view = run.ladder().view
+    for each in view.received[1:]:
+        assert each.cells
+        for name, (low, high) in each.cells.items():
+            values = each.state[name]
+            assert ((low <= values) & (values <= high)).all()
+            block = values.flatten()[:64]
+            assert len(block.unique()) <= 4
+
+
+def test_colluders_validate_on_examples_of_their_own_that_they_do_not_train_on(run: Run) -> None:
+    ladder = run.ladder(colluders=3)
+    bench: Any = ladder.view.tools
+    text = bench._text
+    own = {int(i) for client in bench.clients for i in text.partition.indices(client)}
+    count = sum(len(batch["labels"]) for batch in bench._validation)
+    assert len(bench._train) + count == len(own)
+    assert count == round(0.2 * len(own))
+    other = next(c for c in range(8) if c not in bench.clients)
+    with pytest.raises(ValueError, match=f"client {other} is none of the adversary's"):
+        bench.take_part(ladder.view.last.state, other, 4, "client")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"downlink.rotate": True},
+        {"downlink.rounding": "stochastic"},
+        {"downlink.bits": 32, "client.base_bits": 32},
+        {"lora.client_ranks": [2, 4], "server.aggregation": "hetlora"},
+        {"downlink.server_mask": 0.25, "downlink.client_mask": 0.25},
+        {"server.aggregation": "ffa-lora"},
+        {"server.aggregation": "flora"},
+        {"adapter.kind": "prompt"},
+    ],
+    ids="-".join,
+)
+def test_other_broadcasts_are_attacked_too(
+    tiny_experiment: Experiment, values: dict[str, Any]
+) -> None:
+    other = Run(tiny_experiment.with_values({"federation.rounds": 2, **values}))
+    ladder = other.ladder(colluders=2, max_looks=1)
+    found = by_name(list(ladder.run(ATTACKS)))
+    last = other.history[-1].evaluation
+    assert last is not None
+    assert found["last-broadcast"].metrics == last.client_before
+
+
+def test_a_writer_is_attacked_too(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    from tests.federation.test_server_ranks import written
+
+    values = written(tmp_path, "llama") | {"federation.rounds": 2, "downlink.bits": 2}
+    other = Run(Experiment().with_values(values))
+    found = by_name(list(other.ladder(max_looks=2).run(find_attacks(["last-broadcast", "tuned"]))))
+    last = other.history[-1].evaluation
+    assert last is not None
+    assert found["last-broadcast"].metrics == last.client_before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adversary.colluders": 9}, "colluders = 9 is more than federation.clients = 8"),
+        (
+            {
+                "adversary.base": "public",
+                "emulator.kind": "layer-drop",
+                "adapter.kind": "layers",
+            },
+            "because W0 is not public",
+        ),
+    ],
+)
+def test_threat_models_that_cannot_be_are_refused(
+    tiny_experiment: Experiment, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_adversary(tiny_experiment.with_values(values))
+
+
+def test_runs_without_a_servers_model_are_refused(tiny_experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="method 'local-only' sends nothing"):
+        Ladder(tiny_experiment.with_values({"method": "local-only"}), {}, [])
+    personal = {"server.aggregation": "fedsa-lora", "evaluation.server": False}
+    with pytest.raises(UserError, match="leaves a part of the model"):
+        Ladder(tiny_experiment.with_values(personal), {}, [])

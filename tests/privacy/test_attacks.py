@@ -1,0 +1,211 @@
+"""The attacks on constructed cases whose gain is known, and the view that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedlpp_ray.aggregation.products import product, rotate
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
+from fedlpp_ray.privacy.view import Base, Received, View, ViewError
+from fedlpp_ray.quantization import Quantizer
+from fedlpp_ray.state import State
+
+A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
+
+
+@dataclass
+class FakeTools:
+    """Losses by the head's first number; training adds the client's number to the head."""
+
+    clients: frozenset[int] = frozenset({3})
+    bases: tuple[Base, ...] = ("client",)
+    tuned: list[State] = field(default_factory=list)
+
+    def loss(self, state: State, base: Base) -> float:
+        return float(state[HEAD].flatten()[0])
+
+    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
+        return state | {HEAD: state[HEAD] + client}
+
+    def tune(self, state: State, base: Base) -> State:
+        self.tuned.append(state)
+        return state
+
+
+def view_of(states: list[State], tools: FakeTools | None = None) -> View:
+    received = tuple(Received(made, 3, state) for made, state in enumerate(states, 1))
+    readable = {3: frozenset(range(1, len(states) + 1))}
+    return View(received, 4, tools or FakeTools(), readable)
+
+
+def state(seed: int = 0) -> State:
+    random = torch.Generator().manual_seed(seed)
+    shapes = {A: (4, 32), B: (24, 4), HEAD: (6, 24)}
+    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def broadcasts(
+    secret: State, count: int, rounding: str = "stochastic", turned: bool = False
+) -> list[State]:
+    """A constant as it is sent again and again."""
+    quantizer = Quantizer(2, "int", 64, "fp32", rounding)  # type: ignore[arg-type]
+    found = []
+    for made in range(count):
+        random = torch.Generator().manual_seed(100 + made)
+        sent = rotate(secret, random) if turned else secret
+        found.append({n: quantizer.quantize(t, random).dequantize() for n, t in sent.items()})
+    return found
+
+
+def error(found: State, secret: State, of: Callable[[State], Tensor]) -> float:
+    return float((of(found) - of(secret)).norm() / of(secret).norm())
+
+
+def weights(found: State) -> Tensor:
+    return product(found, "layer").dense()
+
+
+def factor(found: State) -> Tensor:
+    return found[A]
+
+
+def test_the_mean_of_dithered_broadcasts_of_a_constant_recovers_it() -> None:
+    """The error of a mean of T independent unbiased roundings is 1 / sqrt(T) of one's."""
+    secret = state()
+    view = view_of(broadcasts(secret, 64))
+    one = error(ATTACKS["last-broadcast"].attack(view), secret, factor)
+    mean = error(ATTACKS["mean-factors"].attack(view), secret, factor)
+    assert one > 0.4
+    assert mean == pytest.approx(one / 8, rel=0.25)
+    assert error(ATTACKS["mean-products"].attack(view), secret, weights) < 0.25
+
+
+def test_rounding_to_nearest_of_a_constant_gives_a_mean_nothing() -> None:
+    secret = state()
+    view = view_of(broadcasts(secret, 8, "nearest"))
+    last = ATTACKS["last-broadcast"].attack(view)
+    for name in ("mean-factors", "recent-factors", "trend"):
+        torch.testing.assert_close(ATTACKS[name].attack(view)[A], last[A], rtol=0, atol=1e-6)
+
+
+def test_a_gauge_that_turns_stops_the_mean_of_factors_and_not_that_of_products() -> None:
+    secret = state()
+    view = view_of(broadcasts(secret, 64, turned=True))
+    assert error(ATTACKS["mean-factors"].attack(view), secret, weights) > 0.9
+    assert error(ATTACKS["mean-products"].attack(view), secret, weights) < 0.3
+
+
+def test_a_mean_of_products_is_the_best_of_its_rank() -> None:
+    states = [state(1), state(2)]
+    found = ATTACKS["mean-products"].attack(view_of(states))
+    mean = (weights(states[0]) + weights(states[1])) / 2
+    u, s, vh = np.linalg.svd(mean.numpy())
+    expected = (u[:, :4] * s[:4]) @ vh[:4]
+    np.testing.assert_allclose(weights(found).numpy(), expected, atol=1e-5)
+    torch.testing.assert_close(found[HEAD], (states[0][HEAD] + states[1][HEAD]) / 2)
+
+
+def test_recent_broadcasts_weigh_twice_as_much_as_those_three_before() -> None:
+    states = [{HEAD: torch.tensor([float(value)])} for value in (1, 0, 0, 0)]
+    by_hand = 0.5 / (1 + 2 ** (-1 / 3) + 2 ** (-2 / 3) + 0.5)
+    found = ATTACKS["recent-factors"].attack(view_of(states))
+    assert found[HEAD].item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_trend_is_the_end_of_the_least_squares_line() -> None:
+    values = np.random.default_rng(0).normal(size=9) + np.arange(9)
+    states = [{HEAD: torch.tensor([value], dtype=torch.float32)} for value in values]
+    times = np.arange(4, 10)
+    line = np.polyfit(times, values[-6:], 1)
+    found = ATTACKS["trend"].attack(view_of(states))
+    assert found[HEAD].item() == pytest.approx(float(np.polyval(line, 9)), abs=1e-5)
+    two = ATTACKS["trend"].attack(view_of(states[:2]))
+    assert two[HEAD] == states[1][HEAD]
+
+
+def test_the_interval_estimate_lies_in_the_cells_and_beats_both_of_its_parts() -> None:
+    """S drifts; rounding to nearest. The mean lags, the newest code is coarse."""
+    quantizer = Quantizer(2, "int", 64)
+    random = torch.Generator().manual_seed(0)
+    start, drift = torch.randn(64, 64, generator=random), torch.randn(64, 64, generator=random)
+    received, secret = [], start
+    for made in range(1, 13):
+        secret = start + 0.05 * made * drift
+        tensor = quantizer.quantize(secret)
+        received.append(Received(made, 3, {HEAD: tensor.dequantize()}, {HEAD: tensor.cells()}))
+    view = View(tuple(received), 4, FakeTools(), {3: frozenset(range(1, 13))})
+    found = ATTACKS["interval"].attack(view)[HEAD]
+    low, high = view.last.cells[HEAD]
+    assert ((low <= found) & (found <= high)).all()
+    assert ((low <= secret) & (secret <= high)).all()
+
+    def distance(estimate: Tensor) -> float:
+        return float((estimate - secret).norm())
+
+    mean = ATTACKS["recent-factors"].attack(view)[HEAD]
+    assert distance(found) < distance(mean)
+    assert distance(found) < 0.9 * distance(view.last.state[HEAD])
+
+
+def test_the_best_broadcast_is_that_of_the_lowest_loss_and_of_equals_the_newest() -> None:
+    states = [{HEAD: torch.tensor([value, number])} for number, value in enumerate((3.0, 1, 1, 2))]
+    assert ATTACKS["best-broadcast"].attack(view_of(states))[HEAD][1] == 2
+
+
+def test_colluders_add_up_what_each_of_them_would_return() -> None:
+    tools = FakeTools(clients=frozenset({3, 7}))
+    view = view_of([state()], tools)
+    updated = ATTACKS["pooled-updates"].attack(view)
+    torch.testing.assert_close(updated[HEAD], view.last.state[HEAD] + 5)
+    own = ATTACKS["after-training"].attack(view)
+    torch.testing.assert_close(own[HEAD], view.last.state[HEAD] + 3)
+
+
+def test_tuning_starts_from_the_newest_and_from_the_mean() -> None:
+    tools = FakeTools()
+    view = view_of(broadcasts(state(), 4), tools)
+    for name in ("tuned", "tuned-mean"):
+        ATTACKS[name].attack(view)
+    assert tools.tuned[0] is view.last.state
+    expected = ATTACKS["recent-products"].attack(view)
+    torch.testing.assert_close(tools.tuned[1][A], expected[A], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_changes_nothing_of_what_it_was_given(name: str) -> None:
+    view = view_of(broadcasts(state(), 3))
+    before = [{n: t.clone() for n, t in each.state.items()} for each in view.received]
+    found = ATTACKS[name].attack(view)
+    assert found.keys() == before[0].keys()
+    for each, old in zip(view.received, before, strict=True):
+        assert all(torch.equal(each.state[n], old[n]) for n in old)
+
+
+def test_a_view_refuses_what_the_adversary_does_not_have() -> None:
+    view = view_of([state(1), state(2)])
+    other = Received(2, 5, state(3))
+    with pytest.raises(ViewError, match="client 5 could not read the broadcast of round 2"):
+        replace(view, received=(*view.received, other))
+    with pytest.raises(ViewError, match="client 3 could not read the broadcast of round 9"):
+        replace(view, received=(*view.received, Received(9, 3, state(3))))
+    with pytest.raises(ViewError, match="client 5 is none of the adversary's"):
+        replace(view, readable={3: frozenset({1, 2}), 5: frozenset({2})})
+    with pytest.raises(ViewError, match="has no public base"):
+        replace(view, base="public")
+    with pytest.raises(ViewError, match="received no broadcast"):
+        replace(view, received=())
+    with pytest.raises(ViewError, match="not in the order"):
+        replace(view, received=view.received[::-1])
+
+
+def test_an_attack_that_there_is_none_of_is_refused() -> None:
+    with pytest.raises(UserError, match="attack 'mean' is not one of: last-broadcast, "):
+        find_attacks(["mean"])
+    assert list(find_attacks(["trend"])) == ["trend"]

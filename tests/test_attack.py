@@ -1,0 +1,84 @@
+"""The command that attacks a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedlpp_ray import attack, train
+from fedlpp_ray.config import Experiment, dump_experiment
+from fedlpp_ray.storage import DamagedError, RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attacked")
+    experiment = tiny_experiment.with_values({"downlink.bits": 2})
+    (folder / "x.yaml").write_text(dump_experiment(experiment, "x", "x"), encoding="utf-8")
+    output = ["--output", str(folder / "run"), "--in-process"]
+    assert train.main([str(folder / "x.yaml"), *output]) == 0
+    return folder / "run"
+
+
+def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(run: Path) -> None:
+    assert attack.main([str(run), "adversary.max_looks=1", "adversary.colluders=2"]) == 0
+    report = json.loads((run / "attacks.json").read_text())
+    utilities = {each["name"]: each["metrics"]["utility"] for each in report["attacks"]}
+    assert report["adversary"]["colluders"] == 2
+    total = report["protection"]
+    assert total["strongest"][1] == max(utilities.values())
+    server = json.loads((run / "result.json").read_text())["history"][-1]["server"]["utility"]
+    assert total["server"] == server
+    if total["value"] is not None:
+        floor = total["floor"][1]
+        expected = (server - max(utilities.values())) / (server - floor)
+        assert total["value"] == pytest.approx(expected)
+    assert set(report["levels"]) == {"broadcast", "trained"}
+
+
+def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert attack.main([str(run), "--attacks", "trend,interval", "--json", str(out)]) == 0
+    assert [each["name"] for each in json.loads(out.read_text())["attacks"]] == [
+        "trend",
+        "interval",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["downlink.bits=4"], "downlink.bits: the run is over; only keys of adversary"),
+        (["adversary.colluders=0"], "adversary.colluders"),
+        (["adversary.colluders=99"], "adversary.colluders = 99 is more than"),
+        (["--attacks", "nonsense"], "attack 'nonsense' is not one of"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert attack.main([str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_finished_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attack.main([str(tmp_path)]) == 2
+    assert "has no result.json" in capsys.readouterr().err
+
+
+def test_broadcasts_are_kept_once_and_whole(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    folder = RunFolder(tmp_path, tiny_experiment)
+    assert folder.kept() == {}
+    (tmp_path / "broadcasts" / "round-000002.part").mkdir(parents=True)  # a crash left it
+    folder.keep(2, {8: b"second"})
+    folder.keep(1, {4: b"first", 8: b"one"})
+    folder.keep(1, {8: b"again"})
+    folder.keep(3, {8: b""})
+    assert folder.kept() == {1: {4: b"first", 8: b"one"}, 2: {8: b"second"}}
+    (tmp_path / "broadcasts" / "round-000002" / "8.safetensors").write_bytes(b"secund")
+    with pytest.raises(DamagedError, match=r"8\.safetensors"):
+        folder.kept()
