@@ -13,9 +13,11 @@ from fedlpp_ray.training.evaluation import (
     classification_evaluator,
     generation_evaluator,
 )
+from fedlpp_ray.training.first_inputs import FirstInputs, first_inputs
 from fedlpp_ray.training.group import ALONE, Group, dismiss, follow, together
 from fedlpp_ray.training.local import Training
 from fedlpp_ray.training.loss import predictions, smoothed_loss
+from fedlpp_ray.training.losses import target_losses
 from fedlpp_ray.training.rules import (
     ClientRule,
     Descent,
@@ -35,6 +37,7 @@ __all__ = [
     "Descent",
     "Evaluator",
     "FedProx",
+    "FirstInputs",
     "Group",
     "Scaffold",
     "Schedule",
@@ -47,6 +50,7 @@ __all__ = [
     "configure_torch",
     "dismiss",
     "distill",
+    "first_inputs",
     "follow",
     "generation_evaluator",
     "next_server_variate",
@@ -54,6 +58,7 @@ __all__ = [
     "process_peak",
     "schedule_factor",
     "smoothed_loss",
+    "target_losses",
     "together",
     "whole_descent",
     "write",
