@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
@@ -18,7 +19,7 @@ from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.masks import fill
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank
-from fedlpp_ray.messages import Envelope, decode
+from fedlpp_ray.messages import Envelope, decode, encode
 from fedlpp_ray.privacy import (
     Losses,
     Membership,
@@ -26,7 +27,7 @@ from fedlpp_ray.privacy import (
     match_labels,
     measure_membership,
 )
-from fedlpp_ray.seeds import derive
+from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State, part, schema_of
 from fedlpp_ray.tasks import Encoded
 from fedlpp_ray.training import configure_torch, target_losses
@@ -95,6 +96,14 @@ class DataProbe:
         returned = Envelope("update", round, client, self.text.examples[client])
         update = decode(payload, returned, wire.update(round, rank), wire.uplink)
         return Seen(received, fill(update, received))
+
+    def uplink_error(self) -> float:
+        """What the uplink's rounding changes of Gaussian entries, root mean square over theirs."""
+        state = {"": torch.randn(64, 256, generator=generator(0, "uplink error"))}
+        sent, codec = Envelope("update", 1, 0, 1), self._wire.uplink
+        random = generator(0, "uplink error", "rounding")
+        found = decode(encode(sent, state, codec, random), sent, schema_of(state), codec)
+        return float((found[""] - state[""]).norm() / state[""].norm())
 
     def membership(
         self, client: int, seen: Seen, *, matched: bool = True

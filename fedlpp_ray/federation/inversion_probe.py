@@ -14,6 +14,7 @@ from torch import Tensor
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data_probe import DataProbe, Seen
 from fedlpp_ray.privacy import (
+    Gradient,
     Inversion,
     PrivacyError,
     Span,
@@ -24,7 +25,7 @@ from fedlpp_ray.privacy import (
     token_distances,
 )
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.state import State, name_of
+from fedlpp_ray.state import name_of
 from fedlpp_ray.tasks import Encoded, epoch_order
 from fedlpp_ray.training import client_descent, first_inputs
 
@@ -85,7 +86,7 @@ def probe_inversion(
     positions = max(2, *(tokens.shape[-1] for tokens, _ in batch))
     kinds = (0, 1) if batch[0][0].ndim == 2 else (None,)
     layers = first_inputs(probe.model, torch.arange(2), 2, probe.device, kinds[0]).layers
-    spans = _spans(experiment, round, seen, layers)
+    spans = _Spans(probe, round, seen).of(layers)
     found: dict[str, list[Tensor]] = {factor: [] for factor in spans}
     for tokens in torch.split(torch.arange(_vocabulary(probe)), _CHUNK):
         inputs = torch.cat(
@@ -109,30 +110,36 @@ def step_examples(probe: DataProbe, round: int, client: int) -> Encoded:
     return [examples[i] for i in order[: config.batch_size]]
 
 
-def _spans(
-    experiment: Experiment, round: int, seen: Seen, layers: Sequence[str]
-) -> dict[str, list[Span]]:
-    """What can be checked of the first layers, by factor."""
-    a, b = [name_of(x, "A") for x in layers], [name_of(x, "B") for x in layers]
-    found = {}
-    if seen.update.keys() >= set(a):
-        found["A"] = spans_of_a([_gradient(experiment, round, seen, name) for name in a])
-    if seen.update.keys() >= set(b) and seen.broadcast.keys() >= set(a):
-        gradients = [_gradient(experiment, round, seen, name) for name in b]
-        found["B"] = spans_of_b(gradients, [seen.broadcast[name] for name in a])
-    return found
+class _Spans:
+    """What can be checked of the first layers."""
 
+    def __init__(self, probe: DataProbe, round: int, seen: Seen) -> None:
+        self._config, self._seen = probe.experiment.client, seen
+        self._lr = client_descent(probe.experiment, round).travelled(self._config.lr, 1)
+        self._error = probe.uplink_error()
 
-def _gradient(experiment: Experiment, round: int, seen: Seen, name: str) -> Tensor:
-    config, descent = experiment.client, client_descent(experiment, round)
-    received: State = seen.broadcast
-    return gradient_of_step(
-        seen.update[name],
-        received[name],
-        lr=descent.travelled(config.lr, 1),
-        weight_decay=config.weight_decay,
-        optimizer=config.optimizer,
-    )
+    def of(self, layers: Sequence[str]) -> dict[str, list[Span]]:
+        """By factor."""
+        a, b = [name_of(x, "A") for x in layers], [name_of(x, "B") for x in layers]
+        received, found = self._seen.broadcast, {}
+        if self._seen.update.keys() >= set(a):
+            # Of a few rows in many dimensions, noisy ones lean towards the inputs all the same.
+            found["A"] = spans_of_a([self._gradient(name, 0.0) for name in a])
+        if self._seen.update.keys() >= set(b) and received.keys() >= set(a):
+            # In r dimensions they would fill the span.
+            gradients = [self._gradient(name, self._error) for name in b]
+            found["B"] = spans_of_b(gradients, [received[name] for name in a])
+        return found
+
+    def _gradient(self, name: str, error: float) -> Gradient:
+        return gradient_of_step(
+            self._seen.update[name],
+            self._seen.broadcast[name],
+            lr=self._lr,
+            weight_decay=self._config.weight_decay,
+            optimizer=self._config.optimizer,
+            error=error,
+        )
 
 
 def _vocabulary(probe: DataProbe) -> int:

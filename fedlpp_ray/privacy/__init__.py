@@ -1,6 +1,7 @@
 """What is protected and what leaks: of the server's model, and of the clients' data."""
 
 from fedlpp_ray.privacy.inversion import (
+    Gradient,
     Inversion,
     Span,
     gradient_of_step,
@@ -25,6 +26,7 @@ from fedlpp_ray.privacy.membership import (
 from fedlpp_ray.privacy.protection import Protection, measure_protection
 
 __all__ = [
+    "Gradient",
     "Inversion",
     "Losses",
     "Membership",

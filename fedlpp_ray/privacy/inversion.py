@@ -10,18 +10,22 @@ can compute it for the whole vocabulary and ask of each whether it lies in the s
 (Petrov et al., arXiv 2405.15586), there for whole weights. What LoRA changes:
 
 - dA has rank r at most. With T different inputs, T <= r, its rows span them and each is found; with
-  T > r they span a part of that space in which, in general, no single input lies. Matrices that
-  read the same input count together: with q and v adapted, the limit is 2 r.
+  T > r they span a part of that space in which, in general, no single input lies, though all lean
+  towards it. Matrices that read the same input count together: with q and v adapted, 2 r.
 - With B = 0, as in the first round, dA = 0 and says nothing. dB then says all there is: A x_t in r
   dimensions, so that with T >= r the span is everything and every token passes.
 
 The check needs the gradient. SGD's first step is one, scaled (`gradient_of_step`). AdamW's first
-step has the gradient's signs alone: its magnitudes cancel, and with them the span. Dropout before
-the layer, which the server does not know, changes the inputs and defeats the check too.
+step has the gradient's signs alone: its magnitudes cancel, and with them the span. So does rounding
+on the uplink. Dropout before the layer, which the server does not know, changes the inputs.
+
+That no token passes is not that none is known. Candidates ranked by their distance can give away
+all that the check does not: read `informed` and `auc` before `recall`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,10 +35,11 @@ from torch import Tensor
 
 from fedlpp_ray.privacy.membership import PrivacyError, measure_scores
 
-RANK_TOLERANCE = 1e-3
-"""A singular value below this share of the largest is taken for rounding: an update in fp32 is the
-difference of two states, so that the gradient in it has errors far above fp32's own."""
-SPAN_TOLERANCE = 1e-2
+RANK_TOLERANCE = 1e-6
+"""A singular value up to this share of the largest is taken for the rounding of fp32 products."""
+_FP32 = 2.0**-24
+"""Largest error of rounding to fp32, as a share of the number."""
+SPAN_TOLERANCE = 5e-2
 """An input whose part outside the span has at most this share of its length is taken for one in
 it."""
 
@@ -68,6 +73,29 @@ class Inversion:
     full_rank: int
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient as an attacker has it.
+
+    Attributes:
+        values: (rows, width) fp64.
+        noise: Standard deviation of the error of each entry, as far as it is known.
+    """
+
+    values: Tensor
+    noise: float = 0.0
+
+    @property
+    def floor(self) -> float:
+        """Singular values up to this are rounding or noise.
+
+        Of independent errors the largest is noise (sqrt(rows) + sqrt(width)) at most, in
+        expectation (Davidson and Szarek, 2001).
+        """
+        edge = self.noise * sum(math.sqrt(side) for side in self.values.shape)
+        return max(edge, RANK_TOLERANCE * float(torch.linalg.matrix_norm(self.values, 2)))
+
+
 def gradient_of_step(
     update: Tensor,
     received: Tensor,
@@ -75,7 +103,8 @@ def gradient_of_step(
     lr: float,
     weight_decay: float,
     optimizer: Literal["sgd", "adamw"] = "sgd",
-) -> Tensor:
+    error: float = 0.0,
+) -> Gradient:
     """The gradient that one first step of an optimizer was made of; of AdamW, its signs.
 
         SGD      u = -lr (g + weight_decay w)
@@ -85,36 +114,44 @@ def gradient_of_step(
     epsilon, whatever |g| is: the scale of each entry is lost.
 
     Args:
-        update: u, what the step added.
+        update: u, what the step added. It is known up to `error`, and up to the rounding of w + u
+            to fp32, of which it is a difference: both are in the result's noise.
         received: w, of the same shape, what it began from.
         lr: Learning rate of that step.
         weight_decay: Of the optimizer.
         optimizer: Which.
+        error: Root mean square of what the uplink's rounding changes, as a share of that of u.
 
     Returns:
-        g in the shape of the update; with AdamW -1, 0 or 1.
-    """
-    found = -update.double() / lr - weight_decay * received.double()
-    return found.round().clamp(-1, 1) if optimizer == "adamw" else found
-
-
-def row_space(gradient: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
-    """An orthonormal basis of what the rows span, up to rounding.
-
-    Args:
-        gradient: (rows, width).
-        tolerance: Singular values up to this share of the largest count as 0.
-
-    Returns:
-        (rank, width) fp64; rank 0 of a gradient that is zero.
+        g in the shape of the update; with AdamW -1, 0 or 1, and no noise.
 
     Raises:
-        PrivacyError: the gradient is not finite.
+        PrivacyError: the update is not finite.
     """
-    if not gradient.isfinite().all():
+    if not update.isfinite().all():
         raise PrivacyError("inversion: the update is not finite; the training has diverged")
-    _, values, vectors = torch.linalg.svd(gradient.double(), full_matrices=False)
-    found: Tensor = vectors[values > tolerance * values.max()]
+    u, w = update.double(), received.double()
+    found = -u / lr - weight_decay * w
+    if optimizer == "adamw":
+        return Gradient(found.round().clamp(-1, 1))
+    rounding, sent = _FP32 * _rms(w), error * _rms(u)
+    return Gradient(found, math.hypot(rounding, sent) / lr)
+
+
+def row_space(gradients: Sequence[Gradient]) -> Tensor:
+    """An orthonormal basis of what the rows of some matrices span, up to rounding and noise.
+
+    Each is brought to a floor of 1, lest one layer's be taken for another's rounding.
+
+    Args:
+        gradients: Of one width.
+
+    Returns:
+        (rank, width) fp64; rank 0 of gradients that are zero.
+    """
+    stacked = torch.cat([g.values.double() / (g.floor or 1.0) for g in gradients])
+    _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
+    found: Tensor = vectors[values > len(gradients) ** 0.5]
     return found
 
 
@@ -126,8 +163,11 @@ def span_distances(basis: Tensor, inputs: Tensor) -> Tensor:
         inputs: (..., width).
 
     Returns:
-        (...) fp64 in [0, 1]: 0 in the span, 1 orthogonal to it or, of an input that is 0, unknown.
+        (...) fp64 in [0, 1]: 0 in the span, which that of as many rows as columns always is; 1
+        orthogonal to it or, of an input that is 0, unknown.
     """
+    if len(basis) == basis.shape[1]:
+        return torch.zeros(inputs.shape[:-1], dtype=torch.float64)
     inputs = inputs.double()
     outside = inputs - (inputs @ basis.T) @ basis
     length = inputs.norm(dim=-1)
@@ -155,34 +195,31 @@ class Span:
         return span_distances(self.basis, inputs)
 
 
-def spans_of_a(gradients: Sequence[Tensor]) -> list[Span]:
-    """The one span of the inputs, from dL/dA (r, d_in) of all layers that read the same ones.
-
-    Each is brought to norm 1, lest one layer's be taken for another's rounding.
-    """
-    scaled = [g.double() / (g.double().norm() or 1.0) for g in gradients]
-    stacked = torch.cat(scaled)
-    return [Span(row_space(stacked), min(stacked.shape))]
+def spans_of_a(gradients: Sequence[Gradient]) -> list[Span]:
+    """The one span of the inputs, from dL/dA (r, d_in) of all layers that read the same ones."""
+    rows, width = sum(len(g.values) for g in gradients), gradients[0].values.shape[1]
+    return [Span(row_space(gradients), min(rows, width))]
 
 
-def spans_of_b(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Span]:
-    """A span of A x for each layer, from its dL/dB (d_out, r) and A (r, d_in).
-
-    An input is in the batch only if it passes in all of them.
-    """
+def spans_of_b(gradients: Sequence[Gradient], factors: Sequence[Tensor]) -> list[Span]:
+    """A span of A x for each layer, from its dL/dB (d_out, r) and A (r, d_in)."""
     pairs = zip(gradients, factors, strict=True)
-    return [Span(row_space(g), min(g.shape), projection=a) for g, a in pairs]
+    return [Span(row_space([g]), min(g.values.shape), projection=a) for g, a in pairs]
 
 
 def token_distances(spans: Sequence[Span], inputs: Tensor) -> Tensor:
-    """(tokens,) the farthest of a token's distances, at the position where that is least.
+    """(tokens,) each token's distance to the nearest span, at the position where that is least.
+
+    A span that is everything tells nothing, and counts only where all are. Any other need not have
+    all of a batch's inputs: where a layer's gradients are small, rounding takes some of them.
 
     Args:
-        spans: In all of which an input has to lie.
+        spans: Of one batch's inputs.
         inputs: (tokens, positions, d_in) each token's input to the layer at each position.
     """
-    found = torch.stack([span.distances(inputs) for span in spans])
-    return found.amax(0).amin(1)
+    telling = [span for span in spans if len(span.basis) < span.basis.shape[1]] or spans
+    found = torch.stack([span.distances(inputs) for span in telling])
+    return found.amin(0).amin(1)
 
 
 def measure_inversion(
@@ -218,6 +255,10 @@ def measure_inversion(
         rank=sum(len(span.basis) for span in spans),
         full_rank=sum(span.full_rank for span in spans),
     )
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
 
 
 def _nearest(distances: Tensor, flags: Tensor, count: int) -> float:

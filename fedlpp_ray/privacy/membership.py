@@ -110,14 +110,15 @@ def measure_scores(members: Floats, non_members: Floats) -> Membership:
                 f"membership: {unknown} of {len(scores)} {what} have no finite score; the model "
                 "has diverged"
             )
-    above, below = _placements(members, non_members), 1 - _placements(non_members, members)
-    count = len(non_members)
+    above, count = _above(members, non_members), len(non_members)
+    below = _above(non_members, members)
+    auc = int(above.sum()) / (2 * len(members) * count)
     reason = f"{count} non-members; a false-positive rate of 1 % needs 100 or more"
     return Membership(
         members=len(members),
         non_members=count,
-        auc=float(above.mean()),
-        interval=_delong(above, below),
+        auc=auc,
+        interval=_delong(auc, above / (2 * count), below / (2 * len(members))),
         tpr=_tpr(members, non_members) if count >= 100 else None,
         smallest_fpr=1 / count,
         reason=None if count >= 100 else reason,
@@ -187,22 +188,24 @@ def match_labels(
     return first, second
 
 
-def _placements(scores: Floats, others: Floats) -> Floats:
-    """(scores,) the share of `others` that each score is above, ties counting half."""
+def _above(scores: Floats, others: Floats) -> Integers:
+    """(scores,) twice the number of `others` that each score is above, ties counting half."""
     ranked = np.sort(others)
-    doubled = np.searchsorted(ranked, scores, "left") + np.searchsorted(ranked, scores, "right")
-    placements: Floats = doubled / (2 * len(others))
-    return placements
+    return np.searchsorted(ranked, scores, "left") + np.searchsorted(ranked, scores, "right")
 
 
-def _delong(above: Floats, below: Floats) -> tuple[float, float] | None:
-    """DeLong, DeLong and Clarke-Pearson (1988), for one curve: the variance of V10 and of V01."""
-    if min(len(above), len(below)) < 2:
+def _delong(auc: float, members: Floats, non_members: Floats) -> tuple[float, float] | None:
+    """DeLong, DeLong and Clarke-Pearson (1988), for one curve.
+
+    From the share of the other kind that each member, and each non-member, is above: V10, and
+    1 - V01.
+    """
+    if min(len(members), len(non_members)) < 2:
         return None
-    variance = above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below)
+    variance = members.var(ddof=1) / len(members) + non_members.var(ddof=1) / len(non_members)
     if variance == 0:
         return None
-    auc, half = float(above.mean()), _NORMAL_975 * math.sqrt(variance)
+    half = _NORMAL_975 * math.sqrt(variance)
     return max(0.0, auc - half), min(1.0, auc + half)
 
 
