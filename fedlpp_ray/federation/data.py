@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
-from fedlpp_ray.tasks import Prompts, Tokens, Wording, load_corpus, share_out
+from fedlpp_ray.tasks import Encoded, Prompts, Tokens, Wording, load_corpus, share_out
 from fedlpp_ray.tasks.examples import Indices
 from fedlpp_ray.training import (
     ALONE,
@@ -58,10 +62,20 @@ class FederatedText:
         """Measures a model on the held-out data; made where it is used, which few parties do."""
         held_out, experiment, group = self._held_out, self._experiment, self._group
         if isinstance(held_out, Prompts):
-            length = experiment.task.max_length
-            wording = Wording(self._load_tokenizer(), experiment.generation, length)
-            return generation_evaluator(held_out, wording, self.pad, experiment, group)
+            return generation_evaluator(held_out, self._wording(), self.pad, experiment, group)
         return classification_evaluator(held_out, self.pad, experiment, group)
+
+    def held_out(self) -> tuple[Encoded, Sequence[int] | NDArray[np.int32]]:
+        """What models are measured on, prompts with their first reference; and its labels."""
+        held_out = self._held_out
+        if not isinstance(held_out, Prompts):
+            return held_out, held_out.labels
+        first = replace(held_out, references=tuple(found[:1] for found in held_out.references))
+        return self._wording().encode(first), held_out.labels
+
+    def _wording(self) -> Wording:
+        length = self._experiment.task.max_length
+        return Wording(self._load_tokenizer(), self._experiment.generation, length)
 
     def servers(self) -> Tokens:
         """The server's own examples, which no client has."""

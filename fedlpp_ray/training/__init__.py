@@ -14,9 +14,11 @@ from fedlpp_ray.training.evaluation import (
     generation_evaluator,
     mean_loss,
 )
+from fedlpp_ray.training.first_inputs import FirstInputs, first_inputs
 from fedlpp_ray.training.group import ALONE, Group, dismiss, follow, together
 from fedlpp_ray.training.local import Training
 from fedlpp_ray.training.loss import predictions, smoothed_loss
+from fedlpp_ray.training.losses import target_losses
 from fedlpp_ray.training.rules import (
     ClientRule,
     Descent,
@@ -36,6 +38,7 @@ __all__ = [
     "Descent",
     "Evaluator",
     "FedProx",
+    "FirstInputs",
     "Group",
     "Scaffold",
     "Schedule",
@@ -48,6 +51,7 @@ __all__ = [
     "configure_torch",
     "dismiss",
     "distill",
+    "first_inputs",
     "follow",
     "generation_evaluator",
     "mean_loss",
@@ -56,6 +60,7 @@ __all__ = [
     "process_peak",
     "schedule_factor",
     "smoothed_loss",
+    "target_losses",
     "together",
     "whole_descent",
     "write",

@@ -50,7 +50,7 @@ def classification_evaluator(
     batches = evaluation_batches(encoded, pad, experiment.evaluation.batch_size)
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
-        with _reading(model, device):
+        with reading(model, device):
             logits = group.map(lambda x: predictions(model, x, device)[0].float().cpu(), batches)
         labels = torch.cat([batch["labels"] for batch in batches])
         found = torch.cat(logits)
@@ -86,7 +86,7 @@ def generation_evaluator(
     references = [held_out.references[i] for i in written]
 
     def measure(model: nn.Module, device: torch.device) -> Metrics:
-        with _reading(model, device):
+        with reading(model, device):
             found = _likelihood(model, batches, device, group)
             tokens = write(
                 model,
@@ -114,7 +114,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) 
         batches: From `evaluation_batches`.
         device: Where the model is.
     """
-    with _reading(model, device):
+    with reading(model, device):
         return float(_likelihood(model, batches, device, ALONE)["loss"])
 
 
@@ -134,7 +134,7 @@ def _likelihood(
 
 
 @contextmanager
-def _reading(model: nn.Module, device: torch.device) -> Iterator[None]:
+def reading(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients and adapters' branches, in the format that the model computes in."""
     dtype = compute_dtype(model.eval())
     with merged(model, dtype), computing(dtype, device), torch.no_grad():

@@ -1,0 +1,183 @@
+"""What the server could learn of a client's data from the client's update.
+
+The server is honest but curious: it follows the protocol, and knows the base W0 in full precision,
+the broadcast D that a client began from, and the update u that the client returned, decoded, after
+all that `uplink` does to it. `privacy/membership.py` and `privacy/inversion.py` have the attacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.data import FederatedText, load_base
+from fedlpp_ray.federation.masks import fill
+from fedlpp_ray.federation.wire import Broadcast, Wire, edition
+from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank
+from fedlpp_ray.messages import Envelope, decode, encode
+from fedlpp_ray.privacy import (
+    Losses,
+    Membership,
+    PrivacyError,
+    match_labels,
+    measure_membership,
+)
+from fedlpp_ray.seeds import derive, generator
+from fedlpp_ray.state import State, part, schema_of
+from fedlpp_ray.tasks import Encoded
+from fedlpp_ray.training import configure_torch, target_losses
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the server knows of one client's round, in the names and shapes of the wire.
+
+    Attributes:
+        broadcast: D, what the client began from, at its rank.
+        update: u, what it returned.
+    """
+
+    broadcast: State
+    update: State
+
+
+class DataProbe:
+    """The server's model, whole and in one process, with which updates are attacked.
+
+    Args:
+        experiment: What was run.
+
+    Attributes:
+        experiment: The same.
+        text: Its text.
+        device: Where the model is.
+        model: The base in full precision with an adapter.
+
+    Raises:
+        AssetError, TaskError, ValueError: the model or the data cannot be used.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.device = configure_torch(experiment.runtime.threads, experiment.runtime.server_gpus)
+        self.text = FederatedText(experiment)
+        base = load_base(experiment, self.text)
+        adapted = add_adapter(base, experiment.adapter, experiment.lora, experiment.seed)
+        self.model = adapted.to(self.device)
+        config = experiment.server
+        if find_method(config.aggregation).writes_base and config.send_residual:
+            add_residuals(self.model)
+        self._state = ModelState(self.model)
+        self._initial = self._state.read()
+        self._wire = Wire(experiment, schema_of(self._initial))
+
+    def decode(self, round: int, client: int, broadcast: Broadcast, payload: bytes) -> Seen:
+        """What two messages of a round say to the server, in the client's gauge.
+
+        Args:
+            round: In which the client trained, from 1.
+            client: Which.
+            broadcast: The messages in force in that round.
+            payload: The client's update.
+
+        Raises:
+            MessageError: a message is not what was to be sent.
+        """
+        key, rank = edition(self.experiment, client), self.experiment.lora.rank_of(client)
+        wire = self._wire
+        sent, schema = wire.envelope(round, key), wire.broadcast(wire.rank(key))
+        received = decode(broadcast[key], sent, schema, wire.downlink)
+        received = fill(received, received)
+        returned = Envelope("update", round, client, self.text.examples[client])
+        update = decode(payload, returned, wire.update(round, rank), wire.uplink)
+        return Seen(received, fill(update, received))
+
+    def uplink_error(self) -> float:
+        """What the uplink's rounding changes of Gaussian entries, root mean square over theirs."""
+        state = {"": torch.randn(64, 256, generator=generator(0, "uplink error"))}
+        sent, codec = Envelope("update", 1, 0, 1), self._wire.uplink
+        random = generator(0, "uplink error", "rounding")
+        found = decode(encode(sent, state, codec, random), sent, schema_of(state), codec)
+        return float((found[""] - state[""]).norm() / state[""].norm())
+
+    def membership(
+        self, client: int, seen: Seen, *, matched: bool = True
+    ) -> Mapping[str, Membership]:
+        """How well D + u tells the client's training examples from held-out ones.
+
+        The reference is D: what the client's training alone changed. An update of zeros therefore
+        ties all reference scores. What never travels (of FFA-LoRA A, of FedSA-LoRA B) is as the
+        server has it, from the seed.
+
+        Held-out examples are those of the evaluation, a prompt with its first reference, without
+        those that the client has too, token for token. Other clients' examples are neither.
+
+        Args:
+            client: Whose.
+            seen: As `decode` returns it; any D and u of these names.
+            matched: Compare equal shares of each label, or of a generation task's each key
+                (`match_labels`); else all with all, and a score that tells labels apart counts as
+                one that tells members.
+
+        Returns:
+            By score, as `measure_membership`.
+
+        Raises:
+            PrivacyError: no held-out example has a label of the client's, or a model has diverged.
+            ValueError: the names of D or u are not the model's.
+        """
+        members, others = self._compared(client, matched)
+        if unknown := sorted(seen.update.keys() - seen.broadcast.keys()):
+            raise ValueError(f"the update has {unknown[0]}, which the broadcast has not")
+        attacked = {n: seen.broadcast[n] + u for n, u in seen.update.items()}
+        before = self._losses(client, seen.broadcast, (members, others))
+        after = self._losses(client, seen.broadcast | attacked, (members, others))
+        return measure_membership(*after, *before)
+
+    def load(self, client: int, state: State) -> None:
+        """Make the model that of a client: a state at its rank, and the rest from the seed.
+
+        Raises:
+            ValueError: the state is not of this model.
+        """
+        rank, beside = self.experiment.lora.rank_of(client), ("variate", "columns")
+        unknown = [n for n in state if n not in self._initial and part(n) not in beside]
+        if unknown:
+            raise ValueError(f"the model has no {unknown[0]}")
+        whole = self._initial | {n: t for n, t in state.items() if n in self._initial}
+        self._state.write({n: at_rank(n, tensor, rank) for n, tensor in whole.items()})
+
+    def _losses(self, client: int, state: State, parts: Sequence[Encoded]) -> list[Losses]:
+        self.load(client, state)
+        size = self.experiment.evaluation.batch_size
+        return [target_losses(self.model, x, self.text.pad, self.device, size) for x in parts]
+
+    def _compared(self, client: int, matched: bool) -> tuple[Encoded, Encoded]:
+        """Members and non-members."""
+        ours, (found, labels) = self.text.client(client), self.text.held_out()
+        known = {_content(ours, i) for i in range(len(ours))}
+        other = [i for i in range(len(found)) if _content(found, i) not in known]
+        if not matched:
+            return ours, [found[i] for i in other]
+        random = np.random.default_rng(derive(self.experiment.seed, "membership", client))
+        members, chosen = match_labels(
+            [int(x) for x in ours.labels], [int(labels[i]) for i in other], random
+        )
+        if not len(members):
+            raise PrivacyError(
+                f"membership: no held-out example has a label (or a key) of client {client}'s; "
+                "compare it with all of them (matched=False), or hold out more (task.held_out)"
+            )
+        return ours.take(members), [found[other[i]] for i in chosen]
+
+
+def _content(examples: Encoded, index: int) -> tuple[object, ...]:
+    """By which two examples are one and the same."""
+    tokens, label = examples[index]
+    own = label if isinstance(label, int) else tuple(label.tolist())
+    return tuple(tokens.flatten().tolist()), own

@@ -1,0 +1,156 @@
+"""Gradient inversion on a client's update: which tokens was its one step made of?
+
+Beside D and u the server needs the client's learning rate and weight decay, which are the
+experiment's, and a guess of how long the texts are: here the longest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.data_probe import DataProbe, Seen
+from fedlpp_ray.privacy import (
+    Gradient,
+    Inversion,
+    PrivacyError,
+    Span,
+    gradient_of_step,
+    measure_inversion,
+    spans_of_a,
+    spans_of_b,
+    token_distances,
+)
+from fedlpp_ray.seeds import derive, generator
+from fedlpp_ray.state import name_of
+from fedlpp_ray.tasks import Encoded, epoch_order
+from fedlpp_ray.training import client_descent, first_inputs
+
+_CHUNK = 512
+"""Tokens whose inputs are in memory at a time."""
+
+
+def check_inversion(experiment: Experiment) -> None:
+    """Refuse experiments whose updates are not one step of LoRA on whole inputs.
+
+    Raises:
+        PrivacyError: naming the key and what is allowed.
+    """
+    client, down = experiment.client, experiment.downlink
+    faults = {
+        "adapter.kind: the probe reads LoRA; allowed: 'lora'": experiment.adapter.kind != "lora",
+        "client.scaffold: the probe knows no client's variate; allowed: false": client.scaffold,
+        "downlink.server_mask, client_mask: the probe needs all columns; allowed: 0": bool(
+            down.server_mask or down.client_mask
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise PrivacyError(f"gradient inversion: {fault}")
+
+
+def probe_inversion(
+    probe: DataProbe, round: int, client: int, seen: Seen
+) -> Mapping[str, Inversion]:
+    """The tokens of a client's batch that its update of one step gives away.
+
+    Tried is the whole vocabulary, at every position. Of a text to be written the last token, which
+    the model never reads, is not among the batch's. With AdamW the attack takes the signs that the
+    step has for a gradient.
+
+    Args:
+        probe: The server's model.
+        round: In which the client trained; the seed and it tell the batch.
+        client: Which; it made one step.
+        seen: As `DataProbe.decode` returns it.
+
+    Returns:
+        By the factor that was read: `A`, from dL/dA of all matrices that read the first layer's
+        input; `B`, from each one's dL/dB and A. One that did not travel is left out.
+
+    Raises:
+        PrivacyError: as `check_inversion` and `first_inputs`; or the client made several steps.
+    """
+    experiment, text = probe.experiment, probe.text
+    check_inversion(experiment)
+    if (steps := text.steps(client)) != 1:
+        raise PrivacyError(
+            f"federation.local_steps: client {client} makes {steps} steps, whose gradients are "
+            "not known apart; gradient inversion allows 1"
+        )
+    probe.load(client, seen.broadcast)
+    batch = step_examples(probe, round, client)
+    positions = max(2, *(tokens.shape[-1] for tokens, _ in batch))
+    kinds = (0, 1) if batch[0][0].ndim == 2 else (None,)
+    layers = first_inputs(probe.model, torch.arange(2), 2, probe.device, kinds[0]).layers
+    spans = _Spans(probe, round, seen).of(layers)
+    found: dict[str, list[Tensor]] = {factor: [] for factor in spans}
+    for tokens in torch.split(torch.arange(_vocabulary(probe)), _CHUNK):
+        inputs = torch.cat(
+            [first_inputs(probe.model, tokens, positions, probe.device, x).inputs for x in kinds], 1
+        )
+        for factor, held in spans.items():
+            found[factor].append(token_distances(held, inputs))
+    present = _read_tokens(batch)
+    return {
+        factor: measure_inversion(held, torch.cat(found[factor]), present)
+        for factor, held in spans.items()
+    }
+
+
+def step_examples(probe: DataProbe, round: int, client: int) -> Encoded:
+    """What a client's first step of a round is made of, as `Training` chooses it."""
+    config, examples = probe.experiment.client, probe.text.client(client)
+    random = generator(derive(probe.experiment.seed, "local", round, client), "order")
+    by_length = config.group_by_length
+    order = epoch_order(examples, config.batch_size, random, by_length=by_length)
+    return [examples[i] for i in order[: config.batch_size]]
+
+
+class _Spans:
+    """What can be checked of the first layers."""
+
+    def __init__(self, probe: DataProbe, round: int, seen: Seen) -> None:
+        self._config, self._seen = probe.experiment.client, seen
+        self._lr = client_descent(probe.experiment, round).travelled(self._config.lr, 1)
+        self._error = probe.uplink_error()
+
+    def of(self, layers: Sequence[str]) -> dict[str, list[Span]]:
+        """By factor."""
+        a, b = [name_of(x, "A") for x in layers], [name_of(x, "B") for x in layers]
+        received, found = self._seen.broadcast, {}
+        if self._seen.update.keys() >= set(a):
+            # Of a few rows in many dimensions, noisy ones lean towards the inputs all the same.
+            found["A"] = spans_of_a([self._gradient(name, 0.0) for name in a])
+        if self._seen.update.keys() >= set(b) and received.keys() >= set(a):
+            # In r dimensions they would fill the span.
+            gradients = [self._gradient(name, self._error) for name in b]
+            found["B"] = spans_of_b(gradients, [received[name] for name in a])
+        return found
+
+    def _gradient(self, name: str, error: float) -> Gradient:
+        return gradient_of_step(
+            self._seen.update[name],
+            self._seen.broadcast[name],
+            lr=self._lr,
+            weight_decay=self._config.weight_decay,
+            optimizer=self._config.optimizer,
+            error=error,
+        )
+
+
+def _vocabulary(probe: DataProbe) -> int:
+    words = probe.model.get_input_embeddings()  # type: ignore[operator]
+    return int(words.num_embeddings)
+
+
+def _read_tokens(batch: Encoded) -> set[int]:
+    """The ids that the model reads of these examples."""
+    found: set[int] = set()
+    for tokens, label in batch:
+        ids = (tokens if tokens.ndim == 1 else tokens[0]).tolist()
+        found |= set(ids if isinstance(label, int) else ids[:-1])
+    return found

@@ -1,0 +1,221 @@
+"""Gradient inversion by spans, on a LoRA layer whose inputs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlpp_ray.privacy import (
+    Gradient,
+    Inversion,
+    PrivacyError,
+    gradient_of_step,
+    measure_inversion,
+    measure_scores,
+    row_space,
+    span_distances,
+    spans_of_a,
+    spans_of_b,
+    token_distances,
+)
+from fedlpp_ray.quantization import Bits, Quantizer
+
+VOCABULARY, WIDTH, OUT, RANK = 500, 64, 48, 8
+
+
+class Layer:
+    """h = W0 x + s B A x of a batch of tokens, with random gradients of h.
+
+    Attributes:
+        words: (vocabulary, 1, width) the input that each token makes.
+        a, b: The factors.
+        da, db: The gradients of a loss.
+    """
+
+    def __init__(self, tokens: int, *, zero_b: bool = False, layers: int = 1) -> None:
+        random = torch.Generator().manual_seed(tokens)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random)
+
+        self.words = normal(VOCABULARY, 1, WIDTH)
+        self.present = torch.randperm(VOCABULARY, generator=random)[:tokens].tolist()
+        x = self.words[self.present, 0]
+        self.a, self.b = normal(layers, RANK, WIDTH), normal(layers, OUT, RANK)
+        self.b *= not zero_b
+        g = normal(layers, tokens, OUT)
+        self.da = [b.T @ each.T @ x for b, each in zip(self.b, g, strict=True)]
+        self.db = [each.T @ (x @ a.T) for a, each in zip(self.a, g, strict=True)]
+
+    def by_a(self, gradients: Sequence[Tensor] | None = None, noise: float = 0.0) -> Inversion:
+        gradients = self.da if gradients is None else gradients
+        spans = spans_of_a([Gradient(each, noise) for each in gradients])
+        return measure_inversion(spans, token_distances(spans, self.words), self.present)
+
+    def by_b(self) -> Inversion:
+        spans = spans_of_b([Gradient(each) for each in self.db], list(self.a))
+        return measure_inversion(spans, token_distances(spans, self.words), self.present)
+
+
+def sent(tensor: Tensor, bits: Bits) -> Tensor:
+    return Quantizer(bits).quantize(tensor).dequantize()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, RANK])
+def test_up_to_as_many_tokens_as_the_rank_are_read_off_a(tokens: int) -> None:
+    found = Layer(tokens).by_a()
+    assert (found.precision, found.recall, found.informed, found.auc) == (1, 1, 1, 1)
+    assert (found.rank, found.full_rank) == (tokens, RANK)
+    assert (found.tokens, found.accepted, found.candidates) == (tokens, tokens, VOCABULARY)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, RANK - 1])
+def test_fewer_tokens_than_the_rank_are_read_off_b_even_where_b_is_zero(tokens: int) -> None:
+    layer = Layer(tokens, zero_b=True)
+    blind = layer.by_a()
+    assert (blind.accepted, blind.recall, blind.auc, blind.rank) == (0, 0, 0.5, 0)
+    assert blind.precision is None
+    found = layer.by_b()
+    assert (found.recall, found.informed, found.auc, found.rank) == (1, 1, 1, tokens)
+    if tokens < RANK - 1:  # with one dimension left, chance brings others near
+        assert found.precision == 1
+
+
+@pytest.mark.parametrize("tokens", [RANK + 1, 2 * RANK, 40])
+def test_more_tokens_than_the_rank_do_not_lie_in_the_rows_of_a(tokens: int) -> None:
+    found = Layer(tokens).by_a()
+    assert (found.accepted, found.recall) == (0, 0)
+    assert found.rank == found.full_rank == RANK
+    assert found.informed > 0.6  # but they lean towards them: by chance it is tokens / 500
+
+
+@pytest.mark.parametrize("tokens", [RANK, 2 * RANK])
+def test_with_as_many_tokens_as_the_rank_the_span_of_b_is_everything(tokens: int) -> None:
+    found = Layer(tokens).by_b()
+    assert (found.accepted, found.recall) == (VOCABULARY, 1)
+    assert found.precision == tokens / VOCABULARY
+    assert found.rank == found.full_rank
+
+
+def test_several_matrices_of_one_input_span_more_together() -> None:
+    tokens = RANK + 4
+    one, two = Layer(tokens).by_a(), Layer(tokens, layers=2).by_a()
+    assert one.recall == 0
+    assert (two.precision, two.recall, two.rank, two.full_rank) == (1, 1, tokens, 2 * RANK)
+
+
+def test_one_matrix_is_not_lost_beside_a_far_larger_one() -> None:
+    layer = Layer(RANK + 4, layers=2)
+    assert layer.by_a([layer.da[0] * 1e6, layer.da[1]]).recall == 1
+
+
+def test_tokens_of_a_quantized_update_do_not_pass_but_are_nearest() -> None:
+    layer = Layer(5)
+    found: dict[Bits, Inversion] = {}
+    for bits in (2, 4, 8):
+        quantized = sent(layer.da[0], bits)
+        noise = float((quantized - layer.da[0]).square().mean().sqrt())
+        found[bits] = layer.by_a([quantized])
+        assert found[bits].rank == RANK  # its errors fill the span
+        assert layer.by_a([quantized], noise).rank <= 5  # known as noise, they do not count
+    assert [found[bits].recall for bits in (2, 4, 8)] == [0, 0, 1]
+    assert [found[bits].informed for bits in (2, 4, 8)] == [1, 1, 1]  # the nearest are theirs yet
+
+
+def test_noise_as_large_as_the_clipped_update_leaves_nothing() -> None:
+    """The Gaussian mechanism: clipped to norm 1, noise of standard deviation 1 on each entry."""
+    layer = Layer(5)
+    random = torch.Generator().manual_seed(0)
+    clipped = layer.da[0] / layer.da[0].norm()
+    noised = clipped + torch.randn(clipped.shape, generator=random)
+    found = layer.by_a([noised])
+    assert (found.accepted, found.informed) == (0, 0)
+    assert 0.2 < found.auc < 0.8
+    slight = layer.by_a([clipped + 1e-7 * (noised - clipped)])
+    assert slight.recall == 1
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_gives_the_gradient_back_and_adamw_its_signs(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    begin, gradient = torch.randn(6, 9).double(), torch.randn(6, 9).double()
+    gradient[0, 0] = 0
+    found = {}
+    for name, kind in {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}.items():
+        weight = torch.nn.Parameter(begin.clone())
+        weight.grad = gradient.clone()
+        kind([weight], lr=0.1, weight_decay=weight_decay).step()
+        u = (weight - begin).detach()
+        found[name] = gradient_of_step(
+            u, begin, lr=0.1, weight_decay=weight_decay, optimizer=name
+        ).values
+    torch.testing.assert_close(found["sgd"], gradient)
+    assert torch.equal(found["adamw"], gradient.sign())
+
+
+def test_the_noise_of_a_gradient_is_what_rounding_and_the_uplink_make() -> None:
+    random = torch.Generator().manual_seed(0)
+    begin, gradient = torch.randn(2, 64, 256, generator=random)
+    after = begin - 0.1 * gradient
+    found = gradient_of_step(after - begin, begin, lr=0.1, weight_decay=0)
+    error = float((found.values - gradient.double()).square().mean().sqrt())
+    assert error < found.noise < 6 * error
+    u = -0.1 * gradient
+    coarse = sent(u, 4)
+    share = float((coarse - u).norm() / u.norm())
+    found = gradient_of_step(coarse, begin, lr=0.1, weight_decay=0, error=share)
+    error = float((found.values - gradient.double()).square().mean().sqrt())
+    assert found.noise == pytest.approx(error, rel=0.05)
+
+
+def test_signs_alone_do_not_span_the_inputs() -> None:
+    layer = Layer(5)
+    found = layer.by_a([layer.da[0].sign()])
+    assert (found.recall, found.rank) == (0, RANK)
+    assert found.informed == 1  # though they lean towards them
+
+
+def test_distances_by_hand() -> None:
+    rows = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
+    basis = row_space([Gradient(rows)])
+    assert basis.shape == (2, 3)
+    inputs = torch.tensor([[5.0, -7, 0], [0, 0, 2], [3, 0, 4], [0, 0, 0]])
+    assert span_distances(basis, inputs).tolist() == pytest.approx([0, 1, 0.8, 1])
+    assert span_distances(basis[:0], inputs).tolist() == [1, 1, 1, 1]
+    assert span_distances(torch.eye(3), inputs).tolist() == [0, 0, 0, 0]
+
+
+def test_a_token_is_as_near_as_at_its_best_position() -> None:
+    spans = spans_of_a([Gradient(torch.tensor([[1.0, 0.0, 0.0]]))])
+    inputs = torch.tensor([[[0.0, 1, 0], [2, 0, 0]], [[0, 0, 1], [3, 4, 0]]])
+    assert token_distances(spans, inputs).tolist() == pytest.approx([0, 0.8])
+    found = measure_inversion(spans, token_distances(spans, inputs), {0})
+    assert (found.recall, found.precision, found.informed) == (1, 1, 1)
+
+
+def test_a_span_that_is_everything_does_not_hide_what_another_tells() -> None:
+    telling, everything = (spans_of_a([Gradient(torch.eye(3)[:rows])])[0] for rows in (1, 3))
+    inputs = torch.tensor([[[2.0, 0, 0]], [[3, 4, 0]]])
+    for spans in ([telling, everything], [everything, telling]):
+        assert token_distances(spans, inputs).tolist() == pytest.approx([0, 0.8])
+    assert token_distances([everything, everything], inputs).tolist() == [0, 0]
+
+
+def test_ties_among_the_nearest_count_as_drawn_by_chance() -> None:
+    spans = spans_of_a([Gradient(torch.ones(1, 3))])
+    found = measure_inversion(spans, torch.tensor([0.1, 0.5, 0.5, 0.5, 0.9]), {0, 1})
+    assert found.informed == pytest.approx((1 + 1 / 3) / 2)
+    assert (
+        found.auc
+        == measure_scores(
+            -torch.tensor([0.1, 0.5]).numpy(), -torch.tensor([0.5, 0.5, 0.9]).numpy()
+        ).auc
+    )
+
+
+def test_an_update_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="not finite"):
+        gradient_of_step(torch.tensor([float("nan")]), torch.zeros(1), lr=1, weight_decay=0)
