@@ -40,6 +40,15 @@ EMULATED = {
 }
 
 
+ROBUST = {
+    "server.robust": "trimmed-mean",
+    "server.byzantine": 1,
+    "server.weighting": "uniform",
+    "federation.min_updates": 3,
+    "runtime.partial_sums_from": 1,
+}
+"""With a sum of the node: updates that are kept travel in it."""
+
 Numbers = list[dict[str, object]]
 KINDS: dict[str, dict[str, object]] = {
     "default": {},
@@ -47,6 +56,7 @@ KINDS: dict[str, dict[str, object]] = {
     "broadcasts that last": LASTING,
     "masks": MASKED,
     "emulator": EMULATED,
+    "robust": ROBUST,
 }
 
 
