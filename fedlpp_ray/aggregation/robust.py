@@ -26,7 +26,7 @@ STEPS = 100
 """The most that the geometric median makes. Tens are enough but where it begins at an update."""
 _STILL = 1e-9
 """It is there once a step is shorter than this share of the median distance."""
-_SCRATCH = 2**20
+_SCRATCH = 2**18
 """Numbers of all updates that are looked at together."""
 
 Combine = Callable[[Sequence[State], int], State]
@@ -195,14 +195,15 @@ def _middle(rows: Tensor) -> Tensor:
 
 def _by_score(updates: Sequence[State], byzantine: int) -> list[int]:
     """Places of the updates, that of the lowest Krum score first."""
-    squares = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    n = len(updates)
+    above = torch.triu_indices(n, n, 1)
+    of_pairs = torch.zeros(above.shape[1], dtype=torch.float64)
     for _, _, rows in _blocks(updates):
-        # Differences, not norms and products: these cancel where updates are much alike.
-        near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-        squares += near.square_()
-    squares.fill_diagonal_(torch.inf)
-    scores = squares.sort(1).values[:, : len(updates) - byzantine - 2].sum(1).tolist()
-    return sorted(range(len(updates)), key=lambda i: (scores[i], i))
+        of_pairs += torch.pdist(rows).square_()  # of differences: norms and products would cancel
+    squares = torch.full((n, n), torch.inf, dtype=torch.float64)
+    squares[above[0], above[1]] = squares[above[1], above[0]] = of_pairs
+    scores = squares.sort(1).values[:, : n - byzantine - 2].sum(1).tolist()
+    return sorted(range(n), key=lambda i: (scores[i], i))
 
 
 def _distances(updates: Sequence[State], point: State) -> Tensor:
