@@ -242,6 +242,15 @@ class ServerConfig(Section):
     """Adaptivity of fedadagrad, fedadam and fedyogi; smaller is more adaptive."""
     rule: Literal["residual", "replace", "pull"] = "residual"
     """residual: S + lr (K - D). replace: D + lr (K - D). pull: S + lr (K - S)."""
+    robust: Literal["none", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"] = (
+        "none"
+    )
+    """What K - D is in the place of the mean of the updates, against clients that attack: a rule of
+    `fedlpp_ray.aggregation.ROBUST`. The server then keeps a round's updates until it ends."""
+    byzantine: Annotated[int, Field(ge=0)] = 0
+    """f, the most attackers among the updates of a round, for `robust`. trimmed-mean leaves out f
+    values at each end, krum and multi-krum f updates; for both medians it is a limit alone. The
+    fewest updates, `federation.min_updates`, are 2 f + 1, with krum and multi-krum 2 f + 3."""
     lr: PositiveFloat = 1.0
     weighting: Literal["examples", "uniform"] = "examples"
     examples: Annotated[int, Field(ge=0)] = 0

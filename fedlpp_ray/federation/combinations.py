@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedlpp_ray.aggregation import METHODS, Method, find_method
+from fedlpp_ray.aggregation import METHODS, Method, find_method, find_robust
 from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import ConfigError, Experiment
 
@@ -106,6 +106,7 @@ def _check_method(experiment: Experiment) -> None:
     _check_variates(experiment, method)
     _check_stale(experiment, method)
     _check_masks(experiment, method)
+    _check_robust(experiment, method)
     if experiment.downlink.rotate and experiment.uplink.error_feedback:
         raise ConfigError(
             "uplink.error_feedback adds what an earlier round's rounding took, and downlink.rotate "
@@ -203,6 +204,44 @@ def _check_masks(experiment: Experiment, method: Method) -> None:
         ),
     }
     _refuse("downlink.server_mask, downlink.client_mask", reasons)
+
+
+def _check_robust(experiment: Experiment, method: Method) -> None:
+    """Refuse what a robust rule would make wrong, or where it could promise nothing."""
+    config, federation = experiment.server, experiment.federation
+    if config.robust == "none":
+        if config.byzantine:
+            raise ConfigError(
+                f"server.byzantine = {config.byzantine}: server.robust 'none' tolerates no attacker"
+            )
+        return
+    rule, ranks = find_robust(config.robust), set(experiment.lora.client_ranks or ())
+    needed = rule.fewest(config.byzantine)
+    limit = f"{needed} updates, 2 server.byzantine + {rule.spare}"
+    reasons = {
+        "server.weighting 'examples' would have a client's vote grow with the number of examples "
+        "that it says it has, and these rules are unweighted; allowed: uniform": (
+            config.weighting == "examples"
+        ),
+        f"server.aggregation '{config.aggregation}' does not take the mean of the updates, in "
+        "whose place the rule comes": method.refit is not keep or not method.averages,
+        "client.scaffold moves the server's variate by the mean of all updates": (
+            experiment.client.scaffold
+        ),
+        "downlink.client_mask has every client train other columns, and what it does not train "
+        "is zero: no vote": bool(experiment.downlink.client_mask),
+        "lora.client_ranks gives clients other rows, and what one lacks is zero: no vote": (
+            bool(ranks - {experiment.lora.rank})
+        ),
+        "server.byzantine = 0 leaves nothing out, so that one attacker is enough; allowed: 1 or "
+        "more": rule.trims and not config.byzantine,
+        f"a round of {federation.updates} updates is too small: it needs {limit}": (
+            federation.updates < needed
+        ),
+        f"federation.min_updates = {federation.min_updates} lets a round be closed that is too "
+        f"small: it needs {limit}": federation.min_updates < needed,
+    }
+    _refuse(f"server.robust '{config.robust}'", reasons)
 
 
 def _masks(experiment: Experiment) -> bool:

@@ -21,9 +21,9 @@ def folding_bytes(model: nn.Module, experiment: Experiment) -> int:
     What a `RoundSum` holds: 16 of each number of an update, and of the products that it adds as
     matrices; and 4 of each number that it keeps (`Plan.kept`), for each client, which alone grows
     with the cohort. Beside it, of each number of an update 8 of one as it came and decoded, or
-    later of the next state, or of the direction of a method that has one; 8 of each product of one
-    return; and of each number of the state 8 of each of the optimizer's moments. What the step and
-    the refit of one tensor need is not counted.
+    later of the next state, or 12 of the next state and the direction of a method that has one; 8
+    of each product of one return; and of each number of the state 8 of each of the optimizer's
+    moments. What the step and the refit of one tensor need is not counted.
 
     Args:
         model: The server's, or its outline, with its adapter and residuals.
@@ -41,7 +41,7 @@ def folding_bytes(model: nn.Module, experiment: Experiment) -> int:
     stepped = sum(state[name].numel() for name in wire.kept) + residual_numbers(model)
     return (
         sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
-        + 8 * _numbers(update)
+        + (8 if wire.method.direction is None else 12) * _numbers(update)
         + 8 * _numbers(products)
         + 8 * _MOMENTS[config.optimizer] * stepped
     )

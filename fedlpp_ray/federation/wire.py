@@ -7,9 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.aggregation import Method, find_method, robustly
 from fedlpp_ray.aggregation.products import rotate
-from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig, Experiment, UplinkConfig
+from fedlpp_ray.config import (
+    FULL_PRECISION,
+    DownlinkConfig,
+    Experiment,
+    ServerConfig,
+    UplinkConfig,
+)
 from fedlpp_ray.federation.masks import Masks
 from fedlpp_ray.messages import Codec, Envelope
 from fedlpp_ray.quantization import Quantizer
@@ -54,6 +60,14 @@ def uplink_codec(config: UplinkConfig) -> Codec:
     return Codec(Quantizer(config.bits, config.kind, config.block, config.scale, config.rounding))
 
 
+def aggregation(config: ServerConfig) -> Method:
+    """The aggregation method, robust where it is to be."""
+    method = find_method(config.aggregation)
+    if config.robust == "none":
+        return method
+    return robustly(method, config.robust, config.byzantine)
+
+
 class Wire:
     """The messages of an experiment.
 
@@ -62,7 +76,7 @@ class Wire:
         schema: Of the model's whole state, at the server's rank.
 
     Attributes:
-        method: The aggregation method, which says what travels.
+        method: The aggregation method, which says what travels and how updates become one.
         masks: Which columns travel.
         kept: Names of the server's state.
         variates: Names and shapes of what has a control variate.
@@ -70,7 +84,7 @@ class Wire:
     """
 
     def __init__(self, experiment: Experiment, schema: Schema) -> None:
-        self.method = find_method(experiment.server.aggregation)
+        self.method = aggregation(experiment.server)
         self._experiment, self._schema = experiment, schema
         self._sent: frozenset[Part] = self.method.travels
         if experiment.server.send_residual:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedlpp_ray import quantization
-from fedlpp_ray.aggregation import RULES
+from fedlpp_ray.aggregation import ROBUST, RULES
 from fedlpp_ray.config import (
     ConfigError,
     DownlinkConfig,
@@ -234,6 +234,7 @@ def test_a_missing_file_is_refused() -> None:
 
 def test_the_allowed_server_rules_are_those_that_exist() -> None:
     assert set(get_args(ServerConfig.model_fields["rule"].annotation)) == set(RULES)
+    assert get_args(ServerConfig.model_fields["robust"].annotation) == ("none", *ROBUST)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)

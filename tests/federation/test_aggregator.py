@@ -61,6 +61,8 @@ VALUES = {
     "flexlora": {"server.aggregation": "flexlora", "lora.client_ranks": [1, 4]},
     "flora": {"server.aggregation": "flora", "server.weighting": "uniform"},
     "median": {"server.aggregation": "own_median:MEDIAN"},
+    "krum": {"server.robust": "krum", "server.byzantine": 1},
+    "geometric median": {"server.robust": "geometric-median", "server.byzantine": 2},
 }
 
 

@@ -61,6 +61,13 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "own B": {"server.aggregation": "fedsa-lora", "evaluation.server": False},
     "residuals": {"server.aggregation": "flora"},
+    "a robust rule with momentum": {
+        "server.robust": "trimmed-mean",
+        "server.byzantine": 1,
+        "server.weighting": "uniform",
+        "server.optimizer": "fedavgm",
+        "federation.min_updates": 3,
+    },
 }
 
 

@@ -106,6 +106,8 @@ def test_a_changed_key_changes_the_state(
         ({"uplink.bits": 2}, "uplink.error_feedback", True),
         ({"server.aggregation": "flora"}, "server.send_residual", True),
         ({}, "downlink.every", 2),
+        ({"server.weighting": "uniform"}, "server.robust", "median"),
+        ({"server.robust": "trimmed-mean", "server.byzantine": 1}, "server.byzantine", 2),
     ],
 )
 def test_a_key_that_needs_another_or_a_second_round_changes_the_state(

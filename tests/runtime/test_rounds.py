@@ -18,6 +18,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.records import Floor
 from fedlpp_ray.runtime import RayBackend, connect, reserve
+from fedlpp_ray.runtime.sums import Sums
 from tests.federation.test_loop import numbers
 
 STATEFUL = {
@@ -40,6 +41,13 @@ EMULATED = {
 }
 
 
+ROBUST = {
+    "server.robust": "trimmed-mean",
+    "server.byzantine": 1,
+    "server.weighting": "uniform",
+    "federation.min_updates": 3,
+}
+
 Numbers = list[dict[str, object]]
 KINDS: dict[str, dict[str, object]] = {
     "default": {},
@@ -47,6 +55,7 @@ KINDS: dict[str, dict[str, object]] = {
     "broadcasts that last": LASTING,
     "masks": MASKED,
     "emulator": EMULATED,
+    "robust": ROBUST,
 }
 
 
@@ -92,6 +101,20 @@ def test_one_and_three_actors_give_the_bits_of_one_process(
 ) -> None:
     found = run(tiny_experiment.with_values(KINDS[kind]), actors)
     assert (found, actors.measure_floor()) == expected(kind)
+
+
+def test_updates_that_a_rule_needs_travel_in_the_sum_of_their_node(
+    tiny_experiment: Experiment,
+    actors: RayBackend,
+    expected: Callable[[str], tuple[Numbers, Floor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def on_nodes(backend: RayBackend, *opening: Any) -> Sums:
+        backend._on_nodes.open(opening[0], backend.server.send("opening", *opening))
+        return backend._on_nodes
+
+    monkeypatch.setattr(RayBackend, "_sums", on_nodes)
+    assert run(tiny_experiment.with_values(ROBUST), actors) == expected("robust")[0]
 
 
 @pytest.fixture
