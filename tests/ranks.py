@@ -1,4 +1,7 @@
-"""Processes that are the ranks of one party, for tests of what they do together without Ray."""
+"""Processes that are the ranks of one party, for tests of what they do together without Ray.
+
+And what such tests set, and how they compare runs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import multiprocessing
+
+WHOLE = {"stage3_param_persistence_threshold": 0}
+"""Small tensors are spread too: DeepSpeed leaves those below 100,000 numbers whole."""
+SERVER = {"server.zero.stage": 3, **{f"server.zero.{key}": n for key, n in WHOLE.items()}}
+CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE.items()}}
+STAGE_2 = {"server.zero.stage": 2}
+TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
+"""A server that trains."""
 
 
 class Ranks:
@@ -64,3 +75,18 @@ def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
             pipe.send((False, function(group, *arguments)))
         except Exception:
             pipe.send((True, traceback.format_exc()))
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-5) -> bool:
+    """Whether two runs differ in numbers by at most so much, and in digests alone otherwise."""
+    if isinstance(expected, dict):
+        keys = expected.keys() - {"digest"}
+        return keys == found.keys() - {"digest"} and all(
+            close(found[key], expected[key], tolerance) for key in keys
+        )
+    if isinstance(expected, list):
+        pairs = zip(found, expected, strict=True)
+        return all(close(*pair, tolerance) for pair in pairs)
+    if isinstance(expected, float):
+        return bool(abs(found - expected) <= tolerance * max(1.0, abs(expected)))
+    return bool(found == expected)

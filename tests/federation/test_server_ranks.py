@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +17,7 @@ from fedlpp_ray.messages import MessageError
 from fedlpp_ray.training import Group
 from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.ranks import Ranks
-
-WHOLE = {"stage3_param_persistence_threshold": 0}
-"""Small tensors are spread too: DeepSpeed leaves those below 100,000 numbers whole."""
-SERVER = {"server.zero.stage": 3, **{f"server.zero.{key}": n for key, n in WHOLE.items()}}
-CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE.items()}}
-STAGE_2 = {"server.zero.stage": 2}
-TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-def written(folder: Path, family: str) -> dict[str, object]:
-    """A generation task on a model without dropout."""
-    tiny.make_generator(folder / "model", family=family)
-    without_dropout(folder / "model")
-    draw = random.Random(0)
-    rows = []
-    for _ in range(200):
-        word = draw.choice(draw.choice(list(tiny.TOPICS.values())))
-        rows.append({"thing": f"{draw.choice(tiny.COMMON)} {word}", "says": f"a {word} is near"})
-    tiny.write_csv(folder / "data.csv", rows)
-    return {
-        "model.name": str(folder / "model"),
-        "task.name": "generation",
-        "task.data": str(folder / "data.csv"),
-        "task.prompt": "what is the {thing}",
-        "task.target": "{says}",
-        "task.held_out": 21,
-        "task.max_length": 16,
-        "generation.max_new_tokens": 6,
-        "generation.beams": 2,
-        "evaluation.batch_size": 6,
-        "lora.rank": 4,
-        "client.lr": 2e-2,
-        "federation.clients": 4,
-        "federation.client_fraction": 0.5,
-        "federation.local_steps": 4,
-    }
-
-
-def without_dropout(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config |= {key: 0.0 for key in config if "pdrop" in key or "dropout" in key}
-    (model / "config.json").write_text(json.dumps(config))
+from tests.ranks import CLIENT, SERVER, STAGE_2, TUNED, Ranks, close
 
 
 @pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
@@ -88,7 +29,7 @@ def experiment(
         model = tiny.make_model(folder / "model", dropout=0.0)
         values = tiny_values | {"model.name": str(model), "evaluation.batch_size": 16}
     else:
-        values = written(folder, request.param)
+        values = tiny.make_writing(folder, request.param) | {"generation.beams": 2}
     rounds = {"federation.rounds": 2, "client.base_bits": 4, "downlink.bits": 4}
     return Experiment().with_values(values | rounds)
 
@@ -118,18 +59,6 @@ def test_a_run_has_the_same_bits_on_one_rank_on_two_and_on_four(
     for ranks in (two, four):
         assert ranks.run(run, experiment.with_values(SERVER))[0] == alone
     assert two.run(run, experiment)[0] == alone
-
-
-def close(found: Any, expected: Any) -> bool:
-    """Whether two runs differ in numbers by at most 1e-5, and in digests alone otherwise."""
-    if isinstance(expected, dict):
-        keys = expected.keys() - {"digest"}
-        return keys == found.keys() - {"digest"} and all(close(found[k], expected[k]) for k in keys)
-    if isinstance(expected, list):
-        return all(close(*pair) for pair in zip(found, expected, strict=True))
-    if isinstance(expected, float):
-        return bool(abs(found - expected) <= 1e-5 * max(1.0, abs(expected)))
-    return bool(found == expected)
 
 
 def test_a_run_whose_server_trains_too_differs_by_rounding_alone(

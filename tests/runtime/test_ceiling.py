@@ -32,7 +32,8 @@ from fedlpp_ray.runtime.trial import trial_resources
 from fedlpp_ray.training import ALONE
 from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.federation.test_solo_ranks import SPREAD, check_close, run
+from tests.federation.test_solo_ranks import check_close, run
+from tests.ranks import SERVER
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,7 +135,7 @@ def test_two_workers_have_the_numbers_of_one(still: Experiment, two: ClosingBack
 @pytest.mark.slow
 def test_two_workers_that_share_the_base_have_the_numbers_of_one(still: Experiment) -> None:
     pytest.importorskip("deepspeed")
-    spread = still.with_values(SPREAD)
+    spread = still.with_values(SERVER)
     with reserve(spread) as group, closing(ray_backend(spread, group)) as backend:
         found = run_on(backend, spread)
     check_close(found, run(ALONE, still.with_values({"server.num_workers": 1})))

@@ -20,7 +20,7 @@ from fedlpp_ray.runtime import RayBackend, check_fits, connect, reserve
 from fedlpp_ray.runtime.placement import PlacementError, bundles
 from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.federation.test_server_ranks import CLIENT, SERVER, TUNED, close
+from tests.ranks import CLIENT, SERVER, TUNED, close
 
 SPREAD = {
     "server.num_workers": 2,
