@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.federation import Federation, preflight
 from fedlpp_ray.federation.client import ClientHost
+from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.federation.emulation import load_client_base
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.messages import MessageError
@@ -18,6 +21,13 @@ from fedlpp_ray.training import Group
 from tests import tiny
 from tests.federation.test_loop import numbers
 from tests.ranks import CLIENT, SERVER, STAGE_2, TUNED, Ranks, close
+
+ADAPTERS: list[dict[str, object]] = [
+    {"adapter.kind": "lora"},
+    {"adapter.kind": "prompt", "adapter.tokens": 4},
+    {"adapter.kind": "layers", "adapter.outer": 1},
+    {"lora.modules_to_save": ["embeddings"]},
+]
 
 
 @pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
@@ -77,9 +87,7 @@ def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
 @pytest.mark.parametrize(
     "values",
     [
-        {"adapter.kind": "prompt", "adapter.tokens": 4},
-        {"adapter.kind": "layers", "adapter.outer": 1},
-        {"lora.modules_to_save": ["embeddings"]},
+        *ADAPTERS[1:],
         {
             "adapter.kind": "prompt",
             "adapter.tokens": 4,
@@ -134,6 +142,44 @@ def test_a_client_of_two_ranks_trains_as_one_does(
     assert close(found, expected)
     for state, other in zip(states, theirs, strict=True):
         assert torch.allclose(state, other, atol=1e-5)
+
+
+def given(group: Group, experiment: Experiment) -> Any:
+    """The base that clients receive before and after a run, and whether that trained; of rank 0."""
+    if group.rank:
+        return Server.follow(experiment, group)
+    backend = InProcess(experiment, group)
+    server = backend._server
+    identity = server.base_identity()
+    assert identity is not None
+
+    def parts() -> list[bytes]:
+        return [server.base_part(number) for number in range(identity[1])]
+
+    before, state = parts(), backend.adapter()
+    federation = Federation(experiment, backend)
+    list(federation.run())
+    after, trained = parts(), backend.adapter()
+    backend.close()
+    return before, after, state != trained
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("values", ADAPTERS, ids=lambda values: " ".join(map(str, values.values())))
+def test_what_a_server_that_trains_gives_away_stays_the_base_of_one_process(
+    classified: Experiment, two: Ranks, values: dict[str, object], bits: int
+) -> None:
+    own = {"federation.rounds": 1, "client.base_bits": bits}
+    made = classified.with_values(TUNED | own | values)
+    before, after, trained = two.run(given, made.with_values(SERVER))[0]
+    assert trained
+    assert after == before
+    base = load_client_base(made, FederatedText(made))
+    expected = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    found = {name: x for each in before for name, x in safetensors.torch.load(each).items()}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def resumed(group: Group, experiment: Experiment) -> Any:
