@@ -42,6 +42,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def still_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, which is another on each rank."""
+    return tiny.make_model(tmp_path_factory.mktemp("still") / "model", dropout=0.0)
+
+
+@pytest.fixture(scope="session")
 def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_csv(tmp_path_factory.mktemp("tiny") / "data.csv", tiny.make_rows(400))
 

@@ -32,22 +32,20 @@ ADAPTERS: list[dict[str, object]] = [
 
 @pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
 def experiment(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_values: Any
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    classified: Experiment,
 ) -> Experiment:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "bert":
-        model = tiny.make_model(folder / "model", dropout=0.0)
-        values = tiny_values | {"model.name": str(model), "evaluation.batch_size": 16}
-    else:
-        values = tiny.make_writing(folder, request.param) | {"generation.beams": 2}
     rounds = {"federation.rounds": 2, "client.base_bits": 4, "downlink.bits": 4}
-    return Experiment().with_values(values | rounds)
+    if request.param == "bert":
+        return classified.with_values({"evaluation.batch_size": 16} | rounds)
+    values = tiny.make_writing(tmp_path_factory.mktemp(request.param), request.param)
+    return Experiment().with_values(values | {"generation.beams": 2} | rounds)
 
 
 @pytest.fixture(scope="module")
-def classified(tiny_values: Any, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    model = tiny.make_model(tmp_path_factory.mktemp("bert") / "model", dropout=0.0)
-    return Experiment().with_values(tiny_values | {"model.name": str(model)})
+def classified(tiny_values: Any, still_model: Path) -> Experiment:
+    return Experiment().with_values(tiny_values | {"model.name": str(still_model)})
 
 
 def run(group: Group, experiment: Experiment) -> Any:

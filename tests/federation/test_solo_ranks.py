@@ -19,12 +19,8 @@ from tests.ranks import SERVER, STAGE_2, Ranks
 
 
 @pytest.fixture(scope="module")
-def experiment(
-    tiny_values: dict[str, object], tmp_path_factory: pytest.TempPathFactory
-) -> Experiment:
-    """Without dropout, which is another on each rank."""
-    model = tiny.make_model(tmp_path_factory.mktemp("still") / "model", dropout=0.0)
-    values = {"method": "centralised", "model.name": str(model), "client.base_bits": 4}
+def experiment(tiny_values: dict[str, object], still_model: Path) -> Experiment:
+    values = {"method": "centralised", "model.name": str(still_model), "client.base_bits": 4}
     return Experiment().with_values(tiny_values | values | {"client.schedule": "linear"})
 
 
