@@ -1,10 +1,11 @@
-"""Fixtures that most tests share: a tiny model, tiny text, and an experiment on them."""
+"""Fixtures that most tests share: a tiny model, tiny text, an experiment on them; and ranks."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ os.environ["FEDLPP_RAY_CACHE"] = _CACHE.name
 
 from fedlpp_ray.config import Experiment
 from tests import tiny
+from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +39,12 @@ def own_peaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def still_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, which is another on each rank."""
+    return tiny.make_model(tmp_path_factory.mktemp("still") / "model", dropout=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +75,17 @@ def tiny_values(tiny_model: Path, tiny_csv: Path) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def tiny_experiment(tiny_values: dict[str, object]) -> Experiment:
     return Experiment().with_values(tiny_values)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two ranks; those of a module's tests are the same processes."""
+    with closing(Ranks(2, tmp_path_factory.mktemp("ranks"))) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four ranks, in the same way."""
+    with closing(Ranks(4, tmp_path_factory.mktemp("ranks"))) as ranks:
+        yield ranks

@@ -146,6 +146,35 @@ def make_generator(
     return folder
 
 
+def make_writing(folder: Path, family: str) -> dict[str, object]:
+    """A generation task on a model of `make_generator`, without dropout; its dotted keys."""
+    model = make_generator(folder / "model", family=family)
+    config = json.loads((model / "config.json").read_text())
+    config |= {key: 0.0 for key in config if "pdrop" in key or "dropout" in key}
+    (model / "config.json").write_text(json.dumps(config))
+    draw = random.Random(0)
+    rows = []
+    for _ in range(200):
+        word = draw.choice(draw.choice(list(TOPICS.values())))
+        rows.append({"thing": f"{draw.choice(COMMON)} {word}", "says": f"a {word} is near"})
+    return {
+        "model.name": str(model),
+        "task.name": "generation",
+        "task.data": str(write_csv(folder / "data.csv", rows)),
+        "task.prompt": "what is the {thing}",
+        "task.target": "{says}",
+        "task.held_out": 21,
+        "task.max_length": 16,
+        "generation.max_new_tokens": 6,
+        "evaluation.batch_size": 6,
+        "lora.rank": 4,
+        "client.lr": 2e-2,
+        "federation.clients": 4,
+        "federation.client_fraction": 0.5,
+        "federation.local_steps": 4,
+    }
+
+
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Texts of a few words, one or two of which tell the label."""
     rng = random.Random(seed)

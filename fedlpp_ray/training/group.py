@@ -21,6 +21,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 _PATIENCE = timedelta(days=365)
 """How long ranks wait to be told what to do."""
+_STEP = timedelta(minutes=30)
+"""How long a rank waits for the others within a step, as torch.distributed does by default."""
 
 
 class Group:
@@ -68,6 +70,15 @@ class Group:
     def part(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's of some items."""
         return items[self.rank :: self.size]
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, of which all ranks have as many: whether it holds on any rank."""
+        if self._control is None:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        # By gloo: a GPU would have to be waited for to read what it has.
+        dist.all_reduce(found, dist.ReduceOp.MAX, self._control, async_op=True).wait(_STEP)
+        return [bool(flag) for flag in found.tolist()]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor its sum over the ranks, in place, with one message for all."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,10 +57,23 @@ class Alike:
         """Backward, sum over the ranks, correct, step."""
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self._group.add([p.grad for p in self._parameters.values() if p.grad is not None])
+        self._group.add(self._gradients())
         for rule in self._rules:
             rule.adjust(self._parameters)
         self._optimizer.step()
+
+    def _gradients(self) -> list[Tensor]:
+        """The same tensors on every rank: all that any rank's examples reach.
+
+        A routed expert may have examples on some ranks and none on others, which add zeros. What no
+        rank reaches keeps no gradient, as in one process.
+        """
+        parameters = list(self._parameters.values())
+        reached = self._group.any([p.grad is not None for p in parameters])
+        for parameter in compress(parameters, reached):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in parameters if p.grad is not None]
 
     def save(self) -> dict[str, Any]:
         """The optimizer's state."""

@@ -1,9 +1,36 @@
-"""What `cluster/aws.yaml` names, made in a stand-in for AWS."""
+"""AWS on loopback, answered by moto; and what `cluster/aws.yaml` names, made there."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from cluster_file import ClusterFile, Config
+
+
+def log_in(patch: pytest.MonkeyPatch) -> None:
+    """Make this process, and those that it starts, somebody whom only a stand-in knows."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        patch.setenv(name, "testing")
+    patch.delenv("AWS_PROFILE", raising=False)
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@contextmanager
+def aws(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve it to this process and those that it starts; yields its host and port."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    endpoint = "{}:{}".format(*server.get_host_and_port())
+    log_in(patch)
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    try:
+        yield endpoint
+    finally:
+        server.stop()
 
 
 def fill_in(file: ClusterFile) -> Config:

@@ -73,6 +73,50 @@ class Commands:
             for command in self.config[name]
         ]
 
+    def check_run(self) -> str:
+        """The head's commands were to be run, and none of a worker's; returns what was said."""
+        said = self.said()
+        assert [command for command, ran in self.lists() if not ran] == []
+        start = next(line for line in said.splitlines() if "ray start --head" in line)
+        assert "RAY_AUTH_MODE=token ray start --head --port=6379" in start
+        assert "nvidia-smi" not in said
+        assert "nothing secret" not in said
+        return said
+
+    def check_reached(self, address: str, key: str) -> None:
+        """One node alone was to be reached, by a key of ~/.ssh."""
+        for call in self.calls("ssh"):
+            assert f"ubuntu@{address}" in call
+            assert call[call.index("-i") + 1] == f"~/.ssh/{key}"
+        for call in self.calls("rsync"):
+            assert any(f"ubuntu@{address}:" in part for part in call)
+
+    def check_sent(self, *names: str) -> None:
+        """Files of these names were to be sent."""
+        sent = [" ".join(call) for call in self.calls("rsync")]
+        for name in names:
+            assert any(name in call for call in sent), name
+
+    def check_exec_and_submit(self, command: str, folder: Path) -> None:
+        """A command and a program reach the head as they are."""
+        self.ray("exec", command)
+        assert command in self.said()
+        (folder / "job.py").write_text("print(1)\n")
+        self.ray("submit", str(folder / "job.py"), "--rounds=2")
+        self.check_sent("job.py")
+        assert "job.py --rounds=2" in self.said().replace("'", "")
+
+    def check_tunnels_and_database(self) -> None:
+        """Both tunnels, and the way back of MLflow's database."""
+        self.ray("dashboard")
+        self.ray("dashboard", "--port", "5000", "--remote-port", "5000")
+        tunnels = [call[call.index("-L") + 1] for call in self.calls("ssh") if "-L" in call]
+        assert tunnels == ["8265:localhost:8265", "5000:localhost:5000"]
+        self.ray("rsync-down", "/home/ubuntu/mlflow/", str(self.home / "mlflow"))
+        fetched = " ".join(self.calls("rsync")[-1])
+        assert ":/home/ubuntu/mlflow/" in fetched
+        assert "mlflow.db" not in fetched  # which would leave it out
+
 
 def prepare(home: Path, key: str, patch: pytest.MonkeyPatch) -> None:
     """Make a home of it: with the programs, the key (a path in ~/.ssh) and a token."""

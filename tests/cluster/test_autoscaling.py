@@ -22,14 +22,14 @@ import psutil
 import pytest
 import ray
 import yaml
-from aws_stand_in import fill_in, tags_of
+from aws_stand_in import aws, fill_in, tags_of
 from cluster_file import Config, load
 from test_jobs import RAY, ROOT, SPACE, free_ports
 
 from fedlpp_ray.config import Experiment, dump_experiment
 
 boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
+pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (extra cluster)")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -135,13 +135,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         (root / name).chmod(0o755)
     (root / ".ssh").mkdir()
     (root / ".ssh" / "fedlpp-ray.pem").write_text("nothing")
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    endpoint = "{}:{}".format(*server.get_host_and_port())
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, "testing")
-    for name in ("AWS_PROFILE", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     port, dashboard = free_ports(2)
     address = f"{ray.util.get_node_ip_address()}:{port}"
     settings = {
@@ -153,26 +147,24 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         "TMPDIR": str(root),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "AWS_ENDPOINT_URL": f"http://{endpoint}",
-        "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_DEFAULT_REGION": "us-west-2",
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     subprocess.run([str(RAY), "get-auth-token", "--generate"], check=True, capture_output=True)
-    config = fill_in(load(ROOT / "cluster" / "aws.yaml"))
-    config = on_this_machine(config, port, dashboard, address)
-    (root / "aws.yaml").write_text(yaml.safe_dump(config))
     location = {"LocationConstraint": "us-west-2"}
-    boto3.client("s3").create_bucket(Bucket="bucket", CreateBucketConfiguration=location)
-    query = f"?scheme=http&endpoint_override={endpoint}"
-    try:
-        yield Cloud(root / "aws.yaml", config["provider"]["region"], address, query)
-    finally:
-        for process in list(ours()):
-            process.kill()
-        server.stop()
-        shutil.rmtree(root, ignore_errors=True)
+    with aws(monkeypatch) as endpoint:
+        config = fill_in(load(ROOT / "cluster" / "aws.yaml"))
+        config = on_this_machine(config, port, dashboard, address)
+        (root / "aws.yaml").write_text(yaml.safe_dump(config))
+        boto3.client("s3").create_bucket(Bucket="bucket", CreateBucketConfiguration=location)
+        query = f"?scheme=http&endpoint_override={endpoint}"
+        try:
+            yield Cloud(root / "aws.yaml", config["provider"]["region"], address, query)
+        finally:
+            for process in list(ours()):
+                process.kill()
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = 240) -> None:

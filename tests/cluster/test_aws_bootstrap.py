@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aws_stand_in import fill_in, tags_of
+from aws_stand_in import fill_in, log_in, tags_of
 from cluster_file import Config, load
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.providers import _get_node_provider
@@ -25,11 +25,8 @@ PATH = Path(__file__).parents[2] / "cluster" / "aws.yaml"
 @pytest.fixture
 def bootstrapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Config]:
     """The file as Ray completes it: subnets found, resources filled in."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    log_in(monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
     logging.getLogger("ray").setLevel(logging.ERROR)
     with moto.mock_aws():
         file = load(PATH)

@@ -133,34 +133,15 @@ def test_up_makes_the_account_that_the_file_warns_of_and_nothing_else(up: Cloud)
 
 
 def test_up_runs_the_commands_of_the_file_on_the_head_alone(up: Cloud) -> None:
-    assert [command for command, ran in up.lists() if not ran] == []
-    said = up.said()
-    assert "RAY_AUTH_MODE=token ray start --head --port=6379" in said
-    assert "nvidia-smi" not in said
-    assert "nothing secret" not in said
-    for call in up.calls("ssh"):
-        assert "ubuntu@203.0.113.1" in call
-        assert call[call.index("-i") + 1] == "~/.ssh/fedlpp-ray"
-    sent = [" ".join(call) for call in up.calls("rsync")]
-    for name in ("constraints.txt", "spot_watcher.py", "auth_token", "ray_bootstrap_key.pem"):
-        assert any(name in call for call in sent), name
+    up.check_run()
+    up.check_reached("203.0.113.1", "fedlpp-ray")
+    up.check_sent("constraints.txt", "spot_watcher.py", "auth_token", "ray_bootstrap_key.pem")
 
 
 def test_get_head_ip_exec_submit_tunnels_and_the_database(up: Cloud, tmp_path: Path) -> None:
     assert "203.0.113.1" in up.ray("get-head-ip")
-    up.ray("exec", "sudo systemctl stop fedlpp-mlflow")
-    assert "sudo systemctl stop fedlpp-mlflow" in up.said()
-    (tmp_path / "job.py").write_text("print(1)\n")
-    up.ray("submit", str(tmp_path / "job.py"), "--rounds=2")
-    assert "job.py --rounds=2" in up.said().replace("'", "")
-    up.ray("dashboard")
-    up.ray("dashboard", "--port", "5000", "--remote-port", "5000")
-    tunnels = [call[call.index("-L") + 1] for call in up.calls("ssh") if "-L" in call]
-    assert tunnels == ["8265:localhost:8265", "5000:localhost:5000"]
-    up.ray("rsync-down", "/home/ubuntu/mlflow/", str(up.home / "mlflow"))
-    fetched = " ".join(up.calls("rsync")[-1])
-    assert ":/home/ubuntu/mlflow/" in fetched
-    assert "mlflow.db" not in fetched  # which would leave it out
+    up.check_exec_and_submit("sudo systemctl stop fedlpp-mlflow", tmp_path)
+    up.check_tunnels_and_database()
 
 
 def test_a_second_up_changes_nothing(up: Cloud) -> None:

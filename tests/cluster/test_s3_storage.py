@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aws_stand_in import aws
 from mlflow import MlflowClient
 from pyarrow.fs import FileSystem
 from test_jobs import ROOT, SPACE
@@ -23,7 +24,7 @@ from test_jobs import ROOT, SPACE
 from fedlpp_ray.config import Experiment, dump_experiment
 
 boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
+pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
 pytestmark = pytest.mark.slow
 
 ROUNDS = 12
@@ -54,19 +55,11 @@ class Store:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    store = Store("{}:{}".format(*server.get_host_and_port()))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, "testing")
-    for name in ("AWS_PROFILE", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{store.endpoint}")  # for this process
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield store
-    server.stop()
+    with aws(monkeypatch) as endpoint:
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield Store(endpoint)
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def test_a_killed_sweep_goes_on_from_the_bucket_and_is_read_there(
     store: Store, folder: Path
 ) -> None:
     command = [sys.executable, "-m", "fedlpp_ray.tune", "space.py", "--storage", store.uri]
-    environment = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"}
+    environment = {k: v for k, v in os.environ.items() if k != "AWS_ENDPOINT_URL"}  # the URI has it
     with tempfile.TemporaryDirectory(prefix="ray-") as scratch:
         environment |= {"TUNE_GLOBAL_CHECKPOINT_S": "1", "PYTHONPATH": str(ROOT)}
         environment |= {"RAY_TMPDIR": scratch}

@@ -2,101 +2,50 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.federation import Federation, preflight
 from fedlpp_ray.federation.client import ClientHost
+from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.federation.emulation import load_client_base
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.training import Group
 from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.ranks import Ranks
+from tests.ranks import CLIENT, SERVER, STAGE_2, TUNED, Ranks, close
 
-WHOLE = {"stage3_param_persistence_threshold": 0}
-"""Small tensors are spread too: DeepSpeed leaves those below 100,000 numbers whole."""
-SERVER = {"server.zero.stage": 3, **{f"server.zero.{key}": n for key, n in WHOLE.items()}}
-CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE.items()}}
-STAGE_2 = {"server.zero.stage": 2}
-TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-def written(folder: Path, family: str) -> dict[str, object]:
-    """A generation task on a model without dropout."""
-    tiny.make_generator(folder / "model", family=family)
-    without_dropout(folder / "model")
-    draw = random.Random(0)
-    rows = []
-    for _ in range(200):
-        word = draw.choice(draw.choice(list(tiny.TOPICS.values())))
-        rows.append({"thing": f"{draw.choice(tiny.COMMON)} {word}", "says": f"a {word} is near"})
-    tiny.write_csv(folder / "data.csv", rows)
-    return {
-        "model.name": str(folder / "model"),
-        "task.name": "generation",
-        "task.data": str(folder / "data.csv"),
-        "task.prompt": "what is the {thing}",
-        "task.target": "{says}",
-        "task.held_out": 21,
-        "task.max_length": 16,
-        "generation.max_new_tokens": 6,
-        "generation.beams": 2,
-        "evaluation.batch_size": 6,
-        "lora.rank": 4,
-        "client.lr": 2e-2,
-        "federation.clients": 4,
-        "federation.client_fraction": 0.5,
-        "federation.local_steps": 4,
-    }
-
-
-def without_dropout(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config |= {key: 0.0 for key in config if "pdrop" in key or "dropout" in key}
-    (model / "config.json").write_text(json.dumps(config))
+ADAPTERS: list[dict[str, object]] = [
+    {"adapter.kind": "lora"},
+    {"adapter.kind": "prompt", "adapter.tokens": 4},
+    {"adapter.kind": "layers", "adapter.outer": 1},
+    {"lora.modules_to_save": ["embeddings"]},
+]
 
 
 @pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
 def experiment(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_values: Any
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    classified: Experiment,
 ) -> Experiment:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "bert":
-        model = tiny.make_model(folder / "model", dropout=0.0)
-        values = tiny_values | {"model.name": str(model), "evaluation.batch_size": 16}
-    else:
-        values = written(folder, request.param)
     rounds = {"federation.rounds": 2, "client.base_bits": 4, "downlink.bits": 4}
-    return Experiment().with_values(values | rounds)
+    if request.param == "bert":
+        return classified.with_values({"evaluation.batch_size": 16} | rounds)
+    values = tiny.make_writing(tmp_path_factory.mktemp(request.param), request.param)
+    return Experiment().with_values(values | {"generation.beams": 2} | rounds)
 
 
 @pytest.fixture(scope="module")
-def classified(tiny_values: Any, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    model = tiny.make_model(tmp_path_factory.mktemp("bert") / "model", dropout=0.0)
-    return Experiment().with_values(tiny_values | {"model.name": str(model)})
+def classified(tiny_values: Any, still_model: Path) -> Experiment:
+    return Experiment().with_values(tiny_values | {"model.name": str(still_model)})
 
 
 def run(group: Group, experiment: Experiment) -> Any:
@@ -120,18 +69,6 @@ def test_a_run_has_the_same_bits_on_one_rank_on_two_and_on_four(
     assert two.run(run, experiment)[0] == alone
 
 
-def close(found: Any, expected: Any) -> bool:
-    """Whether two runs differ in numbers by at most 1e-5, and in digests alone otherwise."""
-    if isinstance(expected, dict):
-        keys = expected.keys() - {"digest"}
-        return keys == found.keys() - {"digest"} and all(close(found[k], expected[k]) for k in keys)
-    if isinstance(expected, list):
-        return all(close(*pair) for pair in zip(found, expected, strict=True))
-    if isinstance(expected, float):
-        return bool(abs(found - expected) <= 1e-5 * max(1.0, abs(expected)))
-    return bool(found == expected)
-
-
 def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
     experiment: Experiment, two: Ranks, four: Ranks
 ) -> None:
@@ -148,9 +85,7 @@ def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
 @pytest.mark.parametrize(
     "values",
     [
-        {"adapter.kind": "prompt", "adapter.tokens": 4},
-        {"adapter.kind": "layers", "adapter.outer": 1},
-        {"lora.modules_to_save": ["embeddings"]},
+        *ADAPTERS[1:],
         {
             "adapter.kind": "prompt",
             "adapter.tokens": 4,
@@ -205,6 +140,44 @@ def test_a_client_of_two_ranks_trains_as_one_does(
     assert close(found, expected)
     for state, other in zip(states, theirs, strict=True):
         assert torch.allclose(state, other, atol=1e-5)
+
+
+def given(group: Group, experiment: Experiment) -> Any:
+    """The base that clients receive before and after a run, and whether that trained; of rank 0."""
+    if group.rank:
+        return Server.follow(experiment, group)
+    backend = InProcess(experiment, group)
+    server = backend._server
+    identity = server.base_identity()
+    assert identity is not None
+
+    def parts() -> list[bytes]:
+        return [server.base_part(number) for number in range(identity[1])]
+
+    before, state = parts(), backend.adapter()
+    federation = Federation(experiment, backend)
+    list(federation.run())
+    after, trained = parts(), backend.adapter()
+    backend.close()
+    return before, after, state != trained
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("values", ADAPTERS, ids=lambda values: " ".join(map(str, values.values())))
+def test_what_a_server_that_trains_gives_away_stays_the_base_of_one_process(
+    classified: Experiment, two: Ranks, values: dict[str, object], bits: int
+) -> None:
+    own = {"federation.rounds": 1, "client.base_bits": bits}
+    made = classified.with_values(TUNED | own | values)
+    before, after, trained = two.run(given, made.with_values(SERVER))[0]
+    assert trained
+    assert after == before
+    base = load_client_base(made, FederatedText(made))
+    expected = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    found = {name: x for each in before for name, x in safetensors.torch.load(each).items()}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def resumed(group: Group, experiment: Experiment) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +15,21 @@ from fedlpp_ray.federation.solo import TRAINING, Solo
 from fedlpp_ray.training import ALONE, Group
 from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.ranks import Ranks
-
-SPREAD = {"server.zero.stage": 3, "server.zero.stage3_param_persistence_threshold": 0}
-"""Small tensors too: DeepSpeed leaves those below 100,000 numbers whole."""
-STAGE_2 = {"server.zero.stage": 2}
+from tests.ranks import SERVER, STAGE_2, Ranks
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def experiment(
-    tiny_values: dict[str, object], tmp_path_factory: pytest.TempPathFactory
-) -> Experiment:
-    """Without dropout, which is another on each rank."""
-    model = tiny.make_model(tmp_path_factory.mktemp("still") / "model", dropout=0.0)
-    values = {"method": "centralised", "model.name": str(model), "client.base_bits": 4}
+def experiment(tiny_values: dict[str, object], still_model: Path) -> Experiment:
+    values = {"method": "centralised", "model.name": str(still_model), "client.base_bits": 4}
     return Experiment().with_values(tiny_values | values | {"client.schedule": "linear"})
 
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """A language model that writes, of a family that has no dropout."""
-    folder = tmp_path_factory.mktemp("generation")
-    tiny.make_generator(folder / "model", family="llama")
-    draw = random.Random(0)
-    words = [draw.choice(draw.choice(list(tiny.TOPICS.values()))) for _ in range(200)]
-    rows = [{"thing": f"{draw.choice(tiny.COMMON)} {w}", "says": f"a {w} is near"} for w in words]
-    tiny.write_csv(folder / "data.csv", rows)
-    return Experiment().with_values(
-        {
-            "method": "centralised",
-            "model.name": str(folder / "model"),
-            "task.name": "generation",
-            "task.data": str(folder / "data.csv"),
-            "task.prompt": "what is the {thing}",
-            "task.target": "{says}",
-            "task.held_out": 21,
-            "task.max_length": 16,
-            "generation.max_new_tokens": 6,
-            "evaluation.batch_size": 6,
-            "lora.rank": 4,
-            "lora.dropout": 0.0,
-            "client.lr": 2e-2,
-            "client.batch_size": 5,
-            "federation.clients": 4,
-            "federation.client_fraction": 0.5,
-            "federation.local_steps": 4,
-            "federation.rounds": 2,
-        }
-    )
+    values = tiny.make_writing(tmp_path_factory.mktemp("generation"), "llama")
+    own = {"method": "centralised", "lora.dropout": 0.0, "client.batch_size": 5}
+    return Experiment().with_values(values | own | {"federation.rounds": 2})
 
 
 def run(group: Group, experiment: Experiment) -> Any:
@@ -103,7 +61,7 @@ def test_ranks_share_the_batches(experiment: Experiment, two: Ranks) -> None:
     check_close(two.run(run, uneven)[0], run(ALONE, uneven))
 
 
-@pytest.mark.parametrize("values", [SPREAD, STAGE_2], ids=["base", "optimizer"])
+@pytest.mark.parametrize("values", [SERVER, STAGE_2], ids=["base", "optimizer"])
 @pytest.mark.parametrize("task", ["experiment", "writer"])
 def test_ranks_share_the_base_or_the_optimizer(
     task: str, values: dict[str, object], request: pytest.FixtureRequest, two: Ranks
@@ -132,7 +90,7 @@ def whole_and_resumed(group: Group, experiment: Experiment, folder: Path) -> Any
     return numbers(whole.history), numbers(resumed.history)
 
 
-@pytest.mark.parametrize("zero", [{}, SPREAD, STAGE_2], ids=["whole", "base", "optimizer"])
+@pytest.mark.parametrize("zero", [{}, SERVER, STAGE_2], ids=["whole", "base", "optimizer"])
 def test_a_resumed_run_has_the_same_bits(
     tiny_experiment: Experiment, two: Ranks, tmp_path: Path, zero: dict[str, object]
 ) -> None:

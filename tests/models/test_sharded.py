@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,10 @@ from fedlpp_ray.models import (
 )
 from fedlpp_ray.training import Group
 from tests import tiny
-from tests.ranks import Ranks
+from tests.ranks import WHOLE, Ranks
 
-SPREAD = ZeroConfig(stage=3, stage3_param_persistence_threshold=0)
-"""Small tensors too: DeepSpeed leaves those below 100,000 numbers whole."""
+SPREAD = ZeroConfig(stage=3, **WHOLE)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 def generator(folder: Path) -> Base:

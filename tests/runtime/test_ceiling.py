@@ -30,9 +30,10 @@ from fedlpp_ray.runtime.ranks import RankLost
 from fedlpp_ray.runtime.trainer import _why
 from fedlpp_ray.runtime.trial import trial_resources
 from fedlpp_ray.training import ALONE
-from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.federation.test_solo_ranks import SPREAD, check_close, run
+from tests.federation.test_solo_ranks import check_close, run
+from tests.ranks import SERVER
+from tests.runtime.backends import disturbed, reserved
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +56,7 @@ def on_two(experiment: Experiment) -> Experiment:
 
 @pytest.fixture(scope="module")
 def two(on_two: Experiment) -> Iterator[ClosingBackend]:
-    with reserve(on_two) as group, closing(ray_backend(on_two, group)) as backend:
+    with reserved(on_two) as backend:
         yield backend
 
 
@@ -120,10 +121,8 @@ STILL = {"lora.dropout": 0.0, "client.base_bits": 4}
 
 
 @pytest.fixture
-def still(on_two: Experiment, tmp_path: Path) -> Experiment:
-    """Without dropout, which is another on each rank."""
-    model = tiny.make_model(tmp_path / "model", dropout=0.0)
-    return on_two.with_values(STILL | {"model.name": str(model)})
+def still(on_two: Experiment, still_model: Path) -> Experiment:
+    return on_two.with_values(STILL | {"model.name": str(still_model)})
 
 
 def test_two_workers_have_the_numbers_of_one(still: Experiment, two: ClosingBackend) -> None:
@@ -134,8 +133,8 @@ def test_two_workers_have_the_numbers_of_one(still: Experiment, two: ClosingBack
 @pytest.mark.slow
 def test_two_workers_that_share_the_base_have_the_numbers_of_one(still: Experiment) -> None:
     pytest.importorskip("deepspeed")
-    spread = still.with_values(SPREAD)
-    with reserve(spread) as group, closing(ray_backend(spread, group)) as backend:
+    spread = still.with_values(SERVER)
+    with reserved(spread) as backend:
         found = run_on(backend, spread)
     check_close(found, run(ALONE, still.with_values({"server.num_workers": 1})))
 
@@ -153,12 +152,11 @@ def test_a_worker_dies_between_rounds(
     on_two: Experiment, two: ClosingBackend, expected: list[dict[str, object]], which: int
 ) -> None:
     assert two.begin(on_two)
-    federation = Federation(on_two, two)
-    rounds = finished_rounds(federation)
-    next(rounds)
-    os.kill(train_workers()[which]["Pid"], signal.SIGKILL)
-    list(rounds)
-    assert numbers(federation.history) == expected
+
+    def kill() -> None:
+        os.kill(train_workers()[which]["Pid"], signal.SIGKILL)
+
+    assert disturbed(on_two, two, kill) == expected
     assert len(train_workers()) == 2
 
 
@@ -168,14 +166,13 @@ def test_a_worker_dies_in_a_round(
 ) -> None:
     """While the other waits for its gradients."""
     assert two.begin(on_two)
-    federation = Federation(on_two, two)
-    rounds = finished_rounds(federation)
-    next(rounds)
-    pid = train_workers()[1]["Pid"]
-    os.kill(pid, signal.SIGSTOP)
-    threading.Timer(3, os.kill, [pid, signal.SIGKILL]).start()
-    list(rounds)
-    assert numbers(federation.history) == expected
+
+    def stop_then_kill() -> None:
+        pid = train_workers()[1]["Pid"]
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(3, os.kill, [pid, signal.SIGKILL]).start()
+
+    assert disturbed(on_two, two, stop_then_kill) == expected
 
 
 @pytest.mark.slow

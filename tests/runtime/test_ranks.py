@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.recovery import finished_rounds
-from fedlpp_ray.runtime import RayBackend, check_fits, connect, reserve
+from fedlpp_ray.runtime import RayBackend, check_fits, connect
 from fedlpp_ray.runtime import backend as backend_module
 from fedlpp_ray.runtime.placement import PlacementError, bundles
-from tests import tiny
 from tests.federation.test_loop import numbers
-from tests.federation.test_server_ranks import CLIENT, SERVER, TUNED, close
+from tests.ranks import CLIENT, SERVER, TUNED, close
+from tests.runtime.backends import disturbed, reserved
 
 SPREAD = {
     "server.num_workers": 2,
@@ -35,9 +34,8 @@ SPREAD = {
 
 
 @pytest.fixture(scope="module")
-def experiment(tiny_values: Any, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    model = tiny.make_model(tmp_path_factory.mktemp("ranks") / "model", dropout=0.0)
-    values = {"model.name": str(model), "client.base_bits": 4, "federation.rounds": 2}
+def experiment(tiny_values: Any, still_model: Path) -> Experiment:
+    values = {"model.name": str(still_model), "client.base_bits": 4, "federation.rounds": 2}
     return Experiment().with_values(tiny_values | TUNED | values)
 
 
@@ -48,11 +46,7 @@ def spread(experiment: Experiment) -> Experiment:
 
 @pytest.fixture(scope="module")
 def actors(spread: Experiment) -> Iterator[RayBackend]:
-    with (
-        connect(spread.runtime),
-        reserve(spread) as group,
-        closing(RayBackend(spread, group)) as backend,
-    ):
+    with connect(spread.runtime), reserved(spread) as backend:
         yield backend
 
 
@@ -102,6 +96,10 @@ def in_actor(actor: Any, do: Any) -> Any:
     return ray.get(actor.__ray_call__.remote(do))
 
 
+def actor_of(actors: RayBackend, party: str) -> Any:
+    return actors.server.actor if party == "server" else actors.pool.slots[0].actor
+
+
 def kill_a_rank(actor: Any) -> None:
     in_actor(actor, lambda self: ray.kill(self._ranks._actors[0]))
 
@@ -111,15 +109,9 @@ def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
 ) -> None:
     assert actors.begin(spread)
-    federation = Federation(spread, actors)
-    rounds = finished_rounds(federation)
-    next(rounds)
-    lost = actors.server.actor if party == "server" else actors.pool.slots[0].actor
-    kill_a_rank(lost)
-    list(rounds)
-    assert numbers(federation.history) == together
-    now = actors.server.actor if party == "server" else actors.pool.slots[0].actor
-    assert now != lost
+    lost = actor_of(actors, party)
+    assert disturbed(spread, actors, lambda: kill_a_rank(lost)) == together
+    assert actor_of(actors, party) != lost
 
 
 @pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.slow)])
@@ -128,7 +120,7 @@ def test_a_rank_that_is_lost_between_runs_is_made_good(
 ) -> None:
     """As between the trials of a sweep."""
     assert actors.begin(spread)
-    kill_a_rank(actors.server.actor if party == "server" else actors.pool.slots[0].actor)
+    kill_a_rank(actor_of(actors, party))
     assert actors.begin(spread)
     assert run(spread, actors) == together
 
