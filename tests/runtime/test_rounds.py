@@ -40,6 +40,12 @@ EMULATED = {
 }
 
 
+PRIVATE = {
+    "dp.clip": 0.1,
+    "dp.adaptive": True,
+    "dp.count_noise": 1.0,
+    "server.weighting": "uniform",
+}
 Numbers = list[dict[str, object]]
 KINDS: dict[str, dict[str, object]] = {
     "default": {},
@@ -47,6 +53,7 @@ KINDS: dict[str, dict[str, object]] = {
     "broadcasts that last": LASTING,
     "masks": MASKED,
     "emulator": EMULATED,
+    "differential privacy": PRIVATE,
 }
 
 
