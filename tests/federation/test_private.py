@@ -17,7 +17,7 @@ from fedlpp_ray.federation.aggregator import Aggregator
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.combinations import check_combinations
 from fedlpp_ray.federation.in_process import InProcess
-from fedlpp_ray.federation.private import delta
+from fedlpp_ray.federation.private import Private, delta
 from fedlpp_ray.federation.records import Assignment
 from fedlpp_ray.federation.results import result, to_json
 from fedlpp_ray.federation.server import CLIPPING, Server
@@ -29,6 +29,7 @@ from tests.federation.test_loop import interrupted, numbers
 
 UNIFORM: dict[str, object] = {"server.weighting": "uniform", "federation.local_steps": 2}
 CLIPPED = UNIFORM | {"dp.clip": 0.05, "dp.noise_multiplier": 0.0}
+NOISED: dict[str, object] = {"dp.noise_multiplier": 0.8}
 ADAPTIVE = CLIPPED | {"dp.adaptive": True, "dp.noise_multiplier": 0.5, "dp.count_noise": 1.0}
 CLIENTS = (0, 1, 2, 3)
 """As many as a cohort has."""
@@ -127,7 +128,7 @@ def test_noise_on_the_mean_has_its_variance(
     tiny_experiment: Experiment, values: dict[str, object], returned: int, variance: float
 ) -> None:
     """(z C / n)^2, at five standard errors, sqrt(2 / numbers) each."""
-    loud = CLIPPED | values | {"dp.noise_multiplier": 0.8}
+    loud = CLIPPED | values | NOISED
     quiet = loud | {"dp.noise_multiplier": 0.0}
     after, before = (
         flat(moved(tiny_experiment.with_values(v), CLIENTS[:returned])) for v in (loud, quiet)
@@ -136,6 +137,20 @@ def test_noise_on_the_mean_has_its_variance(
     assert numbers > 2000
     found = float((after - before).square().mean()) / (0.8 * 0.05 / 4) ** 2
     assert found == pytest.approx(variance, rel=5 * math.sqrt(2 / numbers))
+
+
+@pytest.mark.parametrize("noise", ["server", "clients"])
+def test_no_two_rounds_have_the_same_noise(tiny_experiment: Experiment, noise: str) -> None:
+    """It would cancel in what the server's state moves by from one to the next."""
+    rules = Private(tiny_experiment.with_values(CLIPPED | {"dp.noise": noise} | NOISED))
+    zeros = {"A": torch.zeros(100)}
+    found = []
+    for round in (1, 2):
+        share = rules.protect(round, 0, zeros, {})
+        mean, _, _ = rules.settle(round, {n: t.double() for n, t in share.items()}, 4, 0.05)
+        found.append(mean["A"])
+    assert abs(float(torch.corrcoef(torch.stack(found))[0, 1])) < 0.5
+    assert found[0].std() > 0
 
 
 def test_the_server_refuses_what_is_not_clipped(tiny_experiment: Experiment) -> None:
