@@ -52,6 +52,7 @@ def test_a_file_imports_rooms_below_its_own(path: Path) -> None:
         ("transformers", {"models", "lora"}),
         ("bitsandbytes", {"models"}),
         ("deepspeed", {"models"}),
+        ("dp_accounting", {"privacy"}),
         ("datasets", {"tasks"}),
         ("sklearn", {"tasks"}),
         ("Crypto", {"privacy"}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import safetensors.torch
 
 from fedlpp_ray.aggregation import Plan, Return, RoundSum
 from fedlpp_ray.aggregation.products import pad
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.config import FULL_PRECISION, Experiment
 from fedlpp_ray.federation.masks import fill
+from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.messages import Envelope, MessageError, decode
@@ -45,6 +47,7 @@ class Opening:
         broadcasts: The broadcasts that they train from, by the round in which each was made.
         examples: n_i of each client of the cohort.
         unsent: What clients have from the seed: never trained by all, never sent.
+        clip: C in force; infinite without differential privacy.
     """
 
     experiment: Experiment
@@ -54,6 +57,7 @@ class Opening:
     broadcasts: Mapping[int, Broadcast]
     examples: Mapping[int, int]
     unsent: State
+    clip: float = math.inf
 
 
 class Aggregator:
@@ -76,6 +80,7 @@ class Aggregator:
         self.round = opening.round
         self._opening, self._experiment = opening, opening.experiment
         self._wire = Wire(opening.experiment, opening.schema)
+        self._private = private(opening.experiment)
         self._cohort = {each.client: each for each in opening.cohort}
         self._check_opening()
         self._decoded: dict[tuple[int, int], State] = {}
@@ -209,10 +214,15 @@ class Aggregator:
         expected = Envelope("update", started, client, self._opening.examples[client])
         schema = self._wire.update(started, lora.rank_of(client))
         state = decode(payload, expected, schema, self._wire.uplink, max_norm=limit)
+        if self._private:
+            exact = self._experiment.uplink.bits == FULL_PRECISION
+            self._private.admit(state, self._opening.clip, exact=exact)
         received = self._of(assignment)
         state = self._wire.rotate(started, self._wire.masks.settle(state, received), back=True)
         if assignment.discount != 1:  # FedBuff: a late update is a shorter step
             state = {name: assignment.discount * tensor for name, tensor in state.items()}
+        if self._private:
+            state = self._private.bounded(state, self._opening.clip)
         return Return(received, pad(state, lora.rank), self._weight(assignment))
 
     def _of(self, assignment: Assignment) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from fedlpp_ray.federation.private import Clipping
 from fedlpp_ray.federation.records import Assignment, ClientReport, Floor, Memory, Pending
 from fedlpp_ray.federation.wire import Broadcast
 
@@ -50,6 +51,12 @@ class Backend(Protocol):
 
     def discard(self, round: int) -> str:
         """Forget what was folded; returns the digest of the state, which is as it was."""
+
+    def clipping(self) -> Clipping:
+        """C in the round last closed, and the noised fraction of its clients within C, if any.
+
+        Without differential privacy C is infinite.
+        """
 
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """Begin to measure the server's state and what the strongest client has of it.

@@ -14,6 +14,7 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base, trained_whole
 from fedlpp_ray.federation.masks import cut, fill
+from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
@@ -92,6 +93,7 @@ class ClientHost:
         if experiment.client.compute == "bf16":
             store_in_bf16(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
+        self._private = private(experiment)
         self._decoded: tuple[Envelope, int, bytes, State] | None = None  # the last message
 
     @classmethod
@@ -131,10 +133,12 @@ class ClientHost:
         loss = self._train_client(round, client, rules)
         rank = self._experiment.lora.rank_of(client)
         after = self._state.read(rank)
-        update = {name: after[name] - received[name] for name in self._wire.update(round, rank)}
-        update = cut(update, received)
+        names = [name for name in self._wire.update(round, rank) if name in after]
+        update = cut({name: after[name] - received[name] for name in names}, received)
         errors = _errors(memory)
         update = {n: t + errors[n] if n in errors else t for n, t in update.items()}
+        if self._private:
+            update = self._private.protect(round, client, update, received)
         envelope = Envelope("update", round, client, self._text.examples[client])
         random = generator(self._experiment.seed, "uplink", round, client)
         try:

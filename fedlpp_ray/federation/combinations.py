@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from fedlpp_ray.aggregation import METHODS, Method, find_method, find_robust
 from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.federation.private import refusals
+from fedlpp_ray.privacy.dp import check_accountant
 
 
 def check_combinations(experiment: Experiment) -> None:
@@ -14,10 +16,20 @@ def check_combinations(experiment: Experiment) -> None:
 
     Raises:
         ConfigError: naming them, and why.
+        UserError: `dp.clip` without its accountant.
     """
+    _check_privacy(experiment)
     _check_emulator(experiment)
     _check_adapter(experiment)
     _check_method(experiment)
+
+
+def _check_privacy(experiment: Experiment) -> None:
+    """Refuse what differential privacy does not hold with, and its lack of an accountant."""
+    if experiment.dp.clip is not None:
+        method = find_method(experiment.server.aggregation)
+        _refuse("dp.clip", refusals(experiment, method))
+        check_accountant()
 
 
 def _check_adapter(experiment: Experiment) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.backend import Backend
 from fedlpp_ray.federation.clock import Clock
+from fedlpp_ray.federation.private import spent
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientRecord,
@@ -189,7 +190,8 @@ class Federation:
             "simulated": plan.seconds,
         }
         clients = self._clients(plan, reports)
-        self.history.append(RoundRecord(plan.round, None, clients, seconds, digest))
+        privacy = spent(self.experiment, plan.round, self.backend.clipping)
+        self.history.append(RoundRecord(plan.round, None, clients, seconds, digest, privacy))
         needed = self.experiment.downlink.made_in(plan.oldest)
         self._broadcasts = {made: b for made, b in self._broadcasts.items() if made >= needed}
 

@@ -187,6 +187,24 @@ class ClientRecord:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the rounds up to one have cost of the clients' privacy (`privacy.dp.epsilon_of`).
+
+    Attributes:
+        epsilon: After this round, with this delta; infinite without noise.
+        delta: `dp.delta`.
+        clip: C in force in this round.
+        below: The noised fraction of clients whose update was within C, where the clip adapts and
+            the round was not abandoned.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    below: float | None = None
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One finished round.
 
@@ -200,6 +218,7 @@ class RoundRecord:
             host; `overhead` what it and the evaluation at a host leave of the total. `simulated`:
             on the clock of `simulation`.
         digest: SHA-256 of the state after this round.
+        privacy: With differential privacy, what has been spent.
     """
 
     round: int
@@ -207,6 +226,7 @@ class RoundRecord:
     clients: tuple[ClientRecord, ...]
     seconds: dict[str, float]
     digest: str
+    privacy: Spent | None = None
 
     @property
     def ledger(self) -> tuple[Transfer, ...]:
@@ -232,6 +252,7 @@ class RoundRecord:
             "seconds": self.seconds,
             "clients": [asdict(client) for client in self.clients],
             "digest": self.digest,
+            "privacy": asdict(self.privacy) if self.privacy else None,
         }
 
     @classmethod
@@ -244,6 +265,7 @@ class RoundRecord:
             clients=tuple(map(_client, values["clients"])),
             seconds=values["seconds"],
             digest=values["digest"],
+            privacy=Spent(**values["privacy"]) if values.get("privacy") else None,
         )
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedlpp_ray.aggregation import make_optimizer
+from fedlpp_ray.aggregation import RoundSum, make_optimizer
 from fedlpp_ray.aggregation.products import truncate
+from fedlpp_ray.aggregation.rules import next_state
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.adapter import adapter_state
 from fedlpp_ray.federation.aggregator import Aggregator, Opening
 from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.federation.private import UNCLIPPED, Clipping, private
 from fedlpp_ray.federation.records import Assignment
 from fedlpp_ray.federation.server_model import ServerModel
 from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.messages import MessageError, encode
+from fedlpp_ray.privacy.dp import CLIP
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import VARIATE, State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
@@ -32,7 +36,7 @@ from fedlpp_ray.training import (
 )
 
 RESIDUAL, OPTIMIZER = "residual.safetensors", "optimizer.safetensors"
-VARIATES = "variates.safetensors"
+VARIATES, CLIPPING = "variates.safetensors", "clip.safetensors"
 EMULATOR = "emulator.sha256"
 
 
@@ -56,6 +60,9 @@ class Server:
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
         self._aggregator: Aggregator | None = None
+        self._private = private(experiment)
+        self._clip = self._private.first_clip if self._private else math.inf
+        self._clipping = UNCLIPPED
         config = experiment.server
         self._optimizer = make_optimizer(
             config.optimizer,
@@ -113,6 +120,7 @@ class Server:
         own, rank = edition == self._experiment.lora.rank, self._wire.rank(edition)
         random = generator(self._experiment.seed, "broadcast", round, *(() if own else (edition,)))
         held = self._state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
+        held[CLIP] = torch.tensor([self._clip])
         schema = self._wire.broadcast(rank)
         state = truncate({name: t for name, t in held.items() if name in schema}, rank)
         state = self._wire.masks.apply(state, self._wire.masks.draw(round, edition))
@@ -145,6 +153,7 @@ class Server:
             broadcasts=broadcasts,
             examples={each.client: counts[each.client] for each in cohort},
             unsent={n: t for n, t in unsent.items() if part(n) != "residual"},
+            clip=self._clip,
         )
 
     def open_round(
@@ -206,7 +215,9 @@ class Server:
         total = aggregator.total
         # Where each client has an edition of its own there is no other, and the rule needs none.
         own = self._state if self._experiment.downlink.client_mask else aggregator.own
-        if total.clients:
+        if total.clients and self._private:
+            self._state = self._next_private(round, total, own)
+        elif total.clients:
             self._state = total.next_state(
                 self._state,
                 own,
@@ -221,6 +232,18 @@ class Server:
         self._aggregator = None
         return state_digest(self._state)
 
+    def _next_private(self, round: int, total: RoundSum, own: State) -> State:
+        """The next state from a mean with noise, and with it the next clip."""
+        assert self._private is not None
+        mean, self._clipping, self._clip = self._private.settle(
+            round, total.direction(), len(total.clients), self._clip
+        )
+        return next_state(self._experiment.server.rule, self._state, own, mean, self._optimizer)
+
+    def clipping(self) -> Clipping:
+        """C in the round last closed, and the noised fraction of its clients within C, if any."""
+        return self._clipping
+
     def discard(self, round: int) -> str:
         """Close the round without a change; returns the digest of the state.
 
@@ -228,7 +251,7 @@ class Server:
             MessageError: the round is not open.
         """
         self._open(round)
-        self._aggregator = None
+        self._aggregator, self._clipping = None, (self._clip, None)
         return state_digest(self._state)
 
     def _open(self, round: int) -> Aggregator:
@@ -269,7 +292,8 @@ class Server:
 
         `residual.safetensors` has what is added to the base, times alpha / rank;
         `optimizer.safetensors` what the server's optimiser remembers; `variates.safetensors`
-        SCAFFOLD's c; `emulator.sha256` which emulator clients have. Each only where there is any.
+        SCAFFOLD's c; `clip.safetensors` the clip that adapts; `emulator.sha256` which emulator
+        clients have. Each only where there is any.
         """
         files = self._model.files.of(self._initial | self._state)
         residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
@@ -278,6 +302,8 @@ class Server:
             OPTIMIZER: self._optimizer.state_dict(),
             VARIATES: self._variates,
         }
+        if self._experiment.dp.adaptive:
+            beside[CLIPPING] = {CLIP: torch.tensor([self._clip])}
         for name, tensors in beside.items():
             if tensors:
                 files[name] = safetensors.torch.save(tensors)
@@ -311,4 +337,6 @@ class Server:
             self._optimizer.load_state_dict(safetensors.torch.load(adapter[OPTIMIZER]))
         if VARIATES in adapter:
             self._variates = safetensors.torch.load(adapter[VARIATES])
+        if CLIPPING in adapter:
+            self._clip = float(safetensors.torch.load(adapter[CLIPPING])[CLIP])
         return state_digest(self._state)

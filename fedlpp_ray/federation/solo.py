@@ -25,6 +25,7 @@ from fedlpp_ray.federation.emulation import (
     load_client_base,
     trained_whole,
 )
+from fedlpp_ray.federation.private import UNCLIPPED, Clipping
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -178,6 +179,10 @@ class Solo:
         return state_digest(self._state.read())
 
     discard = aggregate
+
+    def clipping(self) -> Clipping:
+        """Nothing is clipped."""
+        return UNCLIPPED
 
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """The one model: the server's if centralised, else a client's."""

@@ -18,6 +18,7 @@ from fedlpp_ray.config import (
 )
 from fedlpp_ray.federation.masks import Masks
 from fedlpp_ray.messages import Codec, Envelope
+from fedlpp_ray.privacy.dp import BELOW, CLIP
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import FACTOR_AXIS, VARIATE, Part, Schema, State, part
@@ -47,7 +48,7 @@ def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:
     whole: set[Part] = {"head"} if config.full_precision_head else set()
     if config.factors != "both":
         whole.add("B" if config.factors == "A" else "A")
-    full_precision = frozenset(name for name in schema if part(name) in whole)
+    full_precision = frozenset(name for name in schema if part(name) in whole or name == CLIP)
     return Codec(quantizer, full_precision, flags=flags)
 
 
@@ -80,6 +81,7 @@ class Wire:
         masks: Which columns travel.
         kept: Names of the server's state.
         variates: Names and shapes of what has a control variate.
+        counted: Name and shape of what an update says beside itself, where the clip adapts.
         downlink, uplink: The codecs.
     """
 
@@ -94,7 +96,10 @@ class Wire:
             self.variates = self._select(self.method.travels, experiment.lora.rank)
         self.kept = frozenset(n for n in schema if part(n) in self.method.travels | {"residual"})
         self.masks = Masks(experiment, self._select(self._sent, experiment.lora.rank))
-        self.uplink = uplink_codec(experiment.uplink)
+        self.counted: Schema = {BELOW: (1,)} if experiment.dp.adaptive else {}
+        self.uplink = replace(
+            uplink_codec(experiment.uplink), full_precision=frozenset(self.counted)
+        )
         self.downlink = downlink_codec(experiment.downlink, self.broadcast(experiment.lora.rank))
 
     def editions(self, clients: Collection[int]) -> Collection[int]:
@@ -118,17 +123,19 @@ class Wire:
         """Names and shapes of the broadcast for clients of a rank."""
         variates = {f"{VARIATE}{name}": shape for name, shape in self.variates.items()}
         sent = {**self.masks.schema(self._select(self._sent, rank)), **self.masks.flags}
+        if self._experiment.dp.adaptive:
+            sent[CLIP] = (1,)
         return dict(sorted((sent | variates).items()))
 
     def update(self, round: int, rank: int) -> Schema:
         """Names and shapes of what a client of a rank returns in a round."""
         trained = self._select(self.method.trained(round) & self.method.travels, rank)
-        return self.masks.schema(trained)
+        return {**self.masks.schema(trained), **self.counted}
 
     def trained(self, round: int) -> Schema:
         """Names and shapes of all that an update of a round can change, at the server's rank."""
         parts = self.method.trained(round) & self.method.travels
-        return self._select(parts, self._experiment.lora.rank)
+        return {**self._select(parts, self._experiment.lora.rank), **self.counted}
 
     def rotate(self, round: int, state: State, *, back: bool = False) -> State:
         """A state in the gauge of the broadcast in force, or an update back in the server's."""

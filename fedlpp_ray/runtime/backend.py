@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup
 
 from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.private import Clipping
 from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
@@ -202,6 +203,10 @@ class RayBackend:
     def discard(self, round: int) -> str:
         """Forget what was folded; returns the digest of the state."""
         return self.server.ask("discard", round)  # type: ignore[no-any-return]
+
+    def clipping(self) -> Clipping:
+        """C in the round last closed, and the noised fraction of its clients within C, if any."""
+        return self.server.ask("clipping")  # type: ignore[no-any-return]
 
     def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
         """Begin to measure the server's state, and at any client actor what a client has of it."""

@@ -36,6 +36,7 @@ class SoloActor:
         self.encode_broadcast = partial(ask, "encode_broadcast")
         self.aggregate = partial(ask, "aggregate")
         self.discard = partial(ask, "discard")
+        self.clipping = partial(ask, "clipping")
         self.measure_floor = partial(ask, "measure_floor")
         self.adapter = partial(ask, "adapter")
         self.restore = partial(ask, "restore")

@@ -16,6 +16,9 @@ PROTECTION = "protection"
 TOTAL_BYTES = "bytes/total"
 ROUND = "round"
 SERVER_UTILITY = f"server/{UTILITY}"
+_DP = ("dp/epsilon", "dp/clip")
+DP_BELOW = "dp/below"
+"""The noised fraction of clients whose update was within the adaptive clip."""
 _NOT_MEASURED = ("examples",)
 _PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_compute", "overhead")
 _FLOORS = ("floor_base", "floor_local_only")
@@ -37,7 +40,13 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
     measures = MEASURES[experiment.task.kind]
     if experiment.generation.examples == 0:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
-    return _names((*models, *_FLOORS), measures)
+    return (*_names((*models, *_FLOORS), measures), *_dp_names(experiment))
+
+
+def _dp_names(experiment: Experiment) -> tuple[str, ...]:
+    if experiment.dp.clip is None:
+        return ()
+    return (*_DP, DP_BELOW) if experiment.dp.adaptive else _DP
 
 
 def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
@@ -45,6 +54,7 @@ def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
 
 
 _ALL = {name for measures in MEASURES.values() for name in _names((*EVALUATED, *_FLOORS), measures)}
+_ALL |= {*_DP, DP_BELOW}
 
 
 def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
@@ -65,6 +75,10 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     faults: list[str] = [client.fault.kind for client in record.clients if client.fault]
     counts = {"folded": len(folded)} | {kind: faults.count(kind) for kind in FAULTS}
     metrics |= _prefixed("clients", counts)
+    if spent := record.privacy:
+        metrics |= dict(zip(_DP, (spent.epsilon, spent.clip), strict=True))
+        if spent.below is not None:
+            metrics[DP_BELOW] = spent.below
     totals = total_bytes(transfer for past in history for transfer in past.ledger)
     metrics |= _prefixed("bytes", totals) | {TOTAL_BYTES: sum(totals.values())}
     return metrics | _prefixed("seconds", record.seconds) | {ROUND: record.round}

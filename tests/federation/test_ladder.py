@@ -14,6 +14,7 @@ from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.ladder import Ladder, Outcome, check_adversary, strongest
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
+from tests import tiny
 
 COARSE = {"downlink.bits": 2, "client.base_bits": 4}
 
@@ -150,9 +151,7 @@ def test_other_broadcasts_are_attacked_too(
 
 
 def test_a_writer_is_attacked_too(tmp_path: Path, tiny_experiment: Experiment) -> None:
-    from tests.federation.test_server_ranks import written
-
-    values = written(tmp_path, "llama") | {"federation.rounds": 2, "downlink.bits": 2}
+    values = tiny.make_writing(tmp_path, "llama") | {"federation.rounds": 2, "downlink.bits": 2}
     other = Run(Experiment().with_values(values))
     found = by_name(list(other.ladder(max_looks=2).run(find_attacks(["last-broadcast", "tuned"]))))
     last = other.history[-1].evaluation

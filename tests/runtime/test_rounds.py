@@ -48,6 +48,12 @@ ROBUST = {
     "federation.min_updates": 3,
 }
 
+PRIVATE = {
+    "dp.clip": 0.1,
+    "dp.adaptive": True,
+    "dp.count_noise": 1.0,
+    "server.weighting": "uniform",
+}
 Numbers = list[dict[str, object]]
 KINDS: dict[str, dict[str, object]] = {
     "default": {},
@@ -56,6 +62,7 @@ KINDS: dict[str, dict[str, object]] = {
     "masks": MASKED,
     "emulator": EMULATED,
     "robust": ROBUST,
+    "differential privacy": PRIVATE,
 }
 
 
