@@ -61,7 +61,8 @@ class Ranks:
             pipe.send((function, arguments))
         results: dict[Any, Any] = {}
         while len(results) < len(self._pipes):
-            for pipe in connection.wait([p for p in self._pipes if p not in results]):
+            ready: list[Any] = connection.wait([p for p in self._pipes if p not in results])
+            for pipe in ready:
                 failed, results[pipe] = _received(pipe)
                 if failed:
                     self.close()
