@@ -27,7 +27,7 @@ UTILITY = "utility"
 if TYPE_CHECKING:
     from fedlpp_ray.federation.ladder import Ladder, Outcome
 
-ATTACKS_FILE = "attacks.json"
+ATTACKS_FILE, CURVE_FILE = "attacks.json", "leak_curve.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,12 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--attacks", metavar="A,B", help="only these; default: all")
     parser.add_argument(
+        "--curve",
+        type=int,
+        metavar="N",
+        help=f"also the strongest attack after every N broadcasts, drawn in {CURVE_FILE}",
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="log to the run in MLflow")
+    parser.add_argument(
         "--json", type=Path, metavar="OUT", help=f"default: {ATTACKS_FILE} in the run's folder"
     )
     return parser
 
 
 def _attack(options: argparse.Namespace, console: Console) -> int:
+    if options.curve is not None and options.curve < 1:
+        raise UserError(f"--curve {options.curve}: allowed: 1 and more")
     outcome = _result(options.run)
     experiment = _experiment(outcome, options.overrides, options.run)
     target = options.json or options.run / ATTACKS_FILE
@@ -67,6 +76,7 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     from fedlpp_ray.federation.records import RoundRecord
     from fedlpp_ray.federation.results import to_json
     from fedlpp_ray.privacy.attacks import find_attacks
+    from fedlpp_ray.tracking.leak import save_leak_curve
 
     check_adversary(experiment)
     attacks = find_attacks(options.attacks.split(",") if options.attacks else None)
@@ -84,7 +94,20 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
         outcomes.append(found)
         console.print(f"{found.name:<28} {found.utility:.3f}")
     report = _report(experiment, outcome, outcomes)
+    files = [target]
+    if options.curve:
+        report["leak_curve"] = [
+            {"name": each.name, "round": each.round, UTILITY: each.utility}
+            for each in ladder.curve(attacks, options.curve)
+        ]
+        files.append(target.with_name(CURVE_FILE))
+        save_leak_curve(report, history, experiment.utility, files[-1])
     write_file(target, (to_json(report) + "\n").encode())
+    if options.tracking_uri:
+        from fedlpp_ray.tracking.run_log import RunLog
+
+        folder = RunFolder(options.run, experiment)
+        RunLog(options.tracking_uri, experiment, folder).attacked(report, files)
     Console(highlight=False).print(_table(report))
     console.print(f"result    {target}")
     return 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from fedlpp_ray import attack, train
 from fedlpp_ray.config import Experiment, dump_experiment
@@ -38,6 +39,29 @@ def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(run:
     assert set(report["levels"]) == {"broadcast", "trained"}
 
 
+def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
+    run: Path, tmp_path: Path
+) -> None:
+    out, store = tmp_path / "out.json", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    options = ["--attacks", "last-broadcast,mean-factors,tuned", "--curve", "1"]
+    assert attack.main([str(run), *options, "--json", str(out), "--tracking-uri", store]) == 0
+    report = json.loads(out.read_text())
+    curve = report["leak_curve"]
+    assert [each["round"] for each in curve] == [0, 1, 2, 3]
+    history = json.loads((run / "result.json").read_text())["history"]
+    for point, record in zip(curve[1:], history, strict=True):
+        assert point["utility"] >= record["client_before"]["utility"]
+        if point["name"] == "last-broadcast":
+            assert point["utility"] == record["client_before"]["utility"]
+    assert (tmp_path / "leak_curve.png").read_bytes().startswith(b"\x89PNG")
+    client = MlflowClient(store)
+    (logged,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    points = client.get_metric_history(logged.info.run_id, "attacks/leak_curve")
+    assert [(p.step, p.value) for p in points] == [(c["round"], c["utility"]) for c in curve]
+    assert logged.data.metrics["attacks/strongest"] == report["protection"]["strongest"][1]
+    assert logged.info.status == "FINISHED"
+
+
 def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert attack.main([str(run), "--attacks", "trend,interval", "--json", str(out)]) == 0
@@ -53,6 +77,7 @@ def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
         (["downlink.bits=4"], "downlink.bits: the run is over; only keys of adversary"),
         (["adversary.colluders=0"], "adversary.colluders"),
         (["adversary.colluders=99"], "adversary.colluders = 99 is more than"),
+        (["--curve", "0"], "allowed: 1 and more"),
         (["--attacks", "nonsense"], "attack 'nonsense' is not one of"),
     ],
 )

@@ -33,6 +33,7 @@ class Outcome:
         base: The frozen model that its state was put into.
         level: What it costs.
         broadcasts: Number of broadcasts that it was given.
+        round: After which the server had the state of the newest of them.
         metrics: On the held-out examples.
     """
 
@@ -40,6 +41,7 @@ class Outcome:
     base: Base
     level: str
     broadcasts: int
+    round: int
     metrics: Metrics
 
     @property
@@ -124,13 +126,27 @@ class Ladder:
             )
         self.view = View(received, experiment.lora.rank, self._bench, readable)
 
-    def run(self, attacks: Mapping[str, Known]) -> Iterator[Outcome]:
-        """Each attack in each base that the adversary has, and what it came to."""
+    def run(self, attacks: Mapping[str, Known], broadcasts: int | None = None) -> Iterator[Outcome]:
+        """Each attack in each base that the adversary has, and what it came to.
+
+        Args:
+            attacks: By name.
+            broadcasts: Only the first so many, at least one. None: all.
+        """
+        received = self.view.received[:broadcasts]
+        round = received[-1].made - 1
         for base in self.bases:
-            view = replace(self.view, base=base)
+            view = replace(self.view, received=received, base=base)
             for name, known in attacks.items():
                 metrics = self._bench.measure(known.attack(view), base)
-                yield Outcome(name, base, known.level, len(view.received), metrics)
+                yield Outcome(name, base, known.level, len(received), round, metrics)
+
+    def curve(self, attacks: Mapping[str, Known], every: int) -> Iterator[Outcome]:
+        """The strongest of the attacks that only read broadcasts, after every so many of these."""
+        cheap = {name: known for name, known in attacks.items() if known.level == "broadcast"}
+        total = len(self.view.received)
+        for count in sorted({*range(every, total, every), total}):
+            yield strongest(self.run(cheap, count))
 
     def _readable(
         self, broadcasts: Mapping[int, Broadcast], history: Iterable[RoundRecord]

@@ -46,7 +46,9 @@ class BaseParts:
         full = config.base_bits == FULL_PRECISION
         self._config, self._quantized = config, () if full else tuple(linears(model, whole))
         known = base.identity() or uuid4().hex  # what nothing tells from others is shared by none
-        self.identity = key_of(base, config, known, whole) | {"seed": base.seed}
+        kind = next(model.parameters()).device.type  # another may round another way
+        made = {"seed": base.seed, "device": kind}
+        self.identity = key_of(base, config, known, whole) | made
         self._layers: dict[str, tuple[nn.Module, list[str]]] = {}
         self._copies: Tensors = {}
         for name, (tensor, _) in places(model).items():

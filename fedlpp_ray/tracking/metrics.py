@@ -102,6 +102,19 @@ def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """By round: what attacks came to (the report of `fedlpp_ray.attack`), and the leak curve."""
+    found: dict[int, dict[str, float]] = {}
+    for each in report["attacks"]:
+        found.setdefault(each["round"], {})[f"attacks/{each['name']}"] = each["metrics"][UTILITY]
+    last, total = max(found), report[PROTECTION]
+    value = math.nan if total["value"] is None else total["value"]
+    found[last] |= {"attacks/strongest": total["strongest"][1], f"attacks/{PROTECTION}": value}
+    for point in report.get("leak_curve", ()):
+        found.setdefault(point["round"], {})["attacks/leak_curve"] = point[UTILITY]
+    return dict(sorted(found.items()))
+
+
 def reported(result: Mapping[str, Any]) -> dict[str, float]:
     """Of a trial's result those numbers that the run reported, without what Tune adds."""
     return {key: value for key, value in result.items() if key in _ALL}

@@ -102,14 +102,14 @@ class Tracker:
         """
         step = int(metrics[ROUND])
         if step > self.last_round(run_id):
-            self._log(run_id, metrics, step)
+            self.log(run_id, metrics, step)
 
     def log_final(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
         """One batch of what only a finished run has; a run that has some of it is left alone."""
         if not self.client.get_run(run_id).data.metrics.keys() & metrics.keys():
-            self._log(run_id, metrics, step)
+            self.log(run_id, metrics, step)
 
-    def _log(self, run_id: str, metrics: Mapping[str, float | None], step: int) -> None:
+    def log(self, run_id: str, metrics: Mapping[str, float | None], step: int) -> None:
         """One batch; what is undefined (None in a result that was read) is left out."""
         now = int(time.time() * 1000)
         batch = [

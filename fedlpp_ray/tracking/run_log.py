@@ -16,7 +16,7 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
 from fedlpp_ray.storage.runs import RESULT
-from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
+from fedlpp_ray.tracking.metrics import attack_metrics, final_metrics, round_metrics
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
@@ -71,6 +71,18 @@ class RunLog:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """End the run of a result, with what only a finished run has, and with its files."""
         self._try(lambda: self._finish(outcome))
+
+    def attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Log what attacks on the finished run came to, and the files that say more."""
+        self._try(lambda: self._attacked(report, files))
+
+    def _attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+        run_id = self._run()
+        for step, metrics in attack_metrics(report).items():
+            self._tracker.log(run_id, metrics, step)
+        for path in files:
+            self._tracker.client.log_artifact(run_id, str(path))
+        self._tracker.close(run_id, "FINISHED")
 
     def _open(self) -> None:
         self._run_id = self._tracker.open(self._folder.path.name, self._config, self._tags)
