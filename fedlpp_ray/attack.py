@@ -80,6 +80,8 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
 
     check_adversary(experiment)
     attacks = find_attacks(options.attacks.split(",") if options.attacks else None)
+    if options.curve and all(each.level != "broadcast" for each in attacks.values()):
+        raise UserError("--curve: none of these attacks only reads broadcasts")
     history = [RoundRecord.from_dict(record) for record in outcome["history"]]
     broadcasts = RunFolder(options.run, experiment).kept()
     if not broadcasts:
@@ -93,7 +95,7 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     for found in ladder.run(attacks):
         outcomes.append(found)
         console.print(f"{found.name:<28} {found.utility:.3f}")
-    report = _report(experiment, outcome, outcomes)
+    report = _report(experiment, outcome, outcomes, ladder.floor())
     files = [target]
     if options.curve:
         report["leak_curve"] = [
@@ -145,11 +147,15 @@ def _threat(experiment: Experiment, ladder: Ladder) -> str:
 
 
 def _report(
-    experiment: Experiment, outcome: dict[str, Any], outcomes: Sequence[Outcome]
+    experiment: Experiment,
+    outcome: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    own: dict[str, float],
 ) -> dict[str, Any]:
     """The result as plain values: each attack, and protection against it, its level, and all."""
-    server = _utility(outcome["history"][-1]["server"])
-    floor = {name: _utility(outcome["floor"][name]) for name in ("base", "local_only")}
+    last = outcome["history"][-1]["server"]
+    server = None if last is None else _utility(last)
+    floor = own | {name: _utility(outcome["floor"][name]) for name in ("base", "local_only")}
 
     def protection(chosen: Sequence[Outcome]) -> dict[str, Any]:
         return asdict(measure_protection(server, {x.name: x.utility for x in chosen}, floor))
@@ -169,8 +175,9 @@ def _report(
     }
 
 
-def _utility(metrics: dict[str, Any] | None) -> float:
-    found = (metrics or {}).get(UTILITY)
+def _utility(metrics: dict[str, Any]) -> float:
+    """NaN, of a model that has diverged, is null in a result."""
+    found = metrics[UTILITY]
     return math.nan if found is None else float(found)
 
 
@@ -184,7 +191,8 @@ def _table(report: dict[str, Any]) -> Table:
     name, utility = total["strongest"]
     shown.add_section()
     shown.add_row(f"strongest: {name}", "", "", f"{utility:.3f}", _shown(total["value"]))
-    shown.add_row("server", "", "", f"{total['server']:.3f}", "")
+    if total["server"] is not None:
+        shown.add_row("server", "", "", f"{total['server']:.3f}", "")
     shown.add_row(f"floor: {total['floor'][0]}", "", "", f"{total['floor'][1]:.3f}", "")
     if total["reason"]:
         shown.caption = f"protection is undefined: {total['reason']}"

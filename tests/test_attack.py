@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
         (["downlink.bits=4"], "downlink.bits: the run is over; only keys of adversary"),
         (["adversary.colluders=0"], "adversary.colluders"),
         (["adversary.colluders=99"], "adversary.colluders = 99 is more than"),
+        (["--curve", "1", "--attacks", "tuned"], "none of these attacks only reads broadcasts"),
         (["--curve", "0"], "allowed: 1 and more"),
         (["--attacks", "nonsense"], "attack 'nonsense' is not one of"),
     ],
@@ -86,6 +88,19 @@ def test_wrong_input_is_one_line(
 ) -> None:
     assert attack.main([str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_a_servers_utility_protection_is_undefined_for_that_reason(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    outcome = json.loads(path.read_text())
+    outcome["history"][-1]["server"] = None
+    path.write_text(json.dumps(outcome))
+    assert attack.main([str(path.parent), "--attacks", "last-broadcast", "--curve", "2"]) == 0
+    report = json.loads((path.parent / "attacks.json").read_text())
+    assert report["protection"]["reason"] == "the server has no model"
 
 
 def test_a_folder_without_a_finished_run_is_refused(

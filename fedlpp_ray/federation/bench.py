@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch import nn
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, Experiment
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import load_client_base
-from fedlpp_ray.lora import ModelState, add_adapter, add_residuals
+from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, store_in_bf16
 from fedlpp_ray.privacy.view import Base
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State
@@ -41,9 +43,12 @@ class Held:
         experiment: Says which adapter.
         base: The frozen model; it is changed.
         device: Where it goes.
+        compute: As of `client.compute`.
     """
 
-    def __init__(self, experiment: Experiment, base: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, experiment: Experiment, base: nn.Module, device: torch.device, compute: str = "fp32"
+    ) -> None:
         adapter, lora = experiment.adapter, experiment.lora
         self.model = add_adapter(base, adapter, lora, experiment.seed).to(device)
         method = find_method(experiment.server.aggregation)
@@ -51,6 +56,8 @@ class Held:
             add_residuals(self.model)
         self.state = ModelState(self.model)
         self.initial = self.state.read()
+        if compute == "bf16":
+            store_in_bf16(self.model)
 
 
 class Bench:
@@ -76,9 +83,8 @@ class Bench:
     ) -> None:
         self._experiment, self._text, self._device = experiment, text, device
         self.bases = bases_of(experiment)
-        self._held = {
-            "client": Held(experiment, load_client_base(experiment, text, emulator), device)
-        }
+        base, compute = load_client_base(experiment, text, emulator), experiment.client.compute
+        self._held = {"client": Held(experiment, base, device, compute)}
         if "public" in self.bases:
             self._held["public"] = Held(experiment, load_base(experiment, text), device)
         own = colluders(experiment, text)
@@ -97,13 +103,23 @@ class Bench:
         indices = np.concatenate([self._text.partition.indices(client) for client in own])
         random = generator(self._experiment.seed, "adversary")
         indices = indices[torch.randperm(len(indices), generator=random).numpy()]
-        count = max(1, round(self._experiment.adversary.validation * len(indices)))
+        if len(indices) < 2:
+            raise UserError(
+                "the adversary has one example, and needs one to train on and one to choose on; "
+                "more adversary.colluders have more"
+            )
+        share = self._experiment.adversary.validation
+        count = min(max(1, round(share * len(indices))), len(indices) - 1)
         return self._text.of_clients(indices[count:]), self._text.of_clients(indices[:count])
 
     def loss(self, state: State, base: Base) -> float:
-        """Mean loss on the validation examples, nats."""
-        model = self._put(state, base)
-        return mean_loss(model, self._validation, self._device)
+        """Mean loss on the validation examples, nats; infinite of a model that has diverged."""
+        self._put(state, base)
+        return self._loss(base)
+
+    def _loss(self, base: Base) -> float:
+        found = mean_loss(self._held[base].model, self._validation, self._device)
+        return math.inf if math.isnan(found) else found
 
     def take_part(self, state: State, client: int, round: int, base: Base) -> State:
         """The state after a client's local training of a round, without SCAFFOLD's correction.
@@ -147,7 +163,7 @@ class Bench:
         )
         for _ in range(config.max_looks):
             training.advance(steps)
-            found = mean_loss(held.model, self._validation, self._device)
+            found = self._loss(base)
             if found < lowest:
                 best, lowest, since = held.state.read(), found, 0
             else:

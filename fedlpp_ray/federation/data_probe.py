@@ -27,6 +27,7 @@ from fedlpp_ray.privacy import (
     match_labels,
     measure_membership,
 )
+from fedlpp_ray.privacy.dp import BELOW, CLIP
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State, part, schema_of
 from fedlpp_ray.tasks import Encoded
@@ -95,7 +96,8 @@ class DataProbe:
         received = fill(received, received)
         returned = Envelope("update", round, client, self.text.examples[client])
         update = decode(payload, returned, wire.update(round, rank), wire.uplink)
-        return Seen(received, fill(update, received))
+        update = fill(update, received)  # a clip that adapts, and its count, are no parameters
+        return Seen(_without(received, CLIP), _without(update, BELOW))
 
     def uplink_error(self) -> float:
         """What the uplink's rounding changes of Gaussian entries, root mean square over theirs."""
@@ -181,3 +183,7 @@ def _content(examples: Encoded, index: int) -> tuple[object, ...]:
     tokens, label = examples[index]
     own = label if isinstance(label, int) else tuple(label.tolist())
     return tuple(tokens.flatten().tolist()), own
+
+
+def _without(state: State, name: str) -> State:
+    return {key: tensor for key, tensor in state.items() if key != name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -142,11 +143,26 @@ class Ladder:
                 yield Outcome(name, base, known.level, len(received), round, metrics)
 
     def curve(self, attacks: Mapping[str, Known], every: int) -> Iterator[Outcome]:
-        """The strongest of the attacks that only read broadcasts, after every so many of these."""
+        """The strongest of the attacks that only read broadcasts, after every so many of these.
+
+        Args:
+            attacks: By name; at least one only reads broadcasts.
+            every: Number of rounds whose broadcasts were read.
+        """
         cheap = {name: known for name, known in attacks.items() if known.level == "broadcast"}
-        total = len(self.view.received)
-        for count in sorted({*range(every, total, every), total}):
-            yield strongest(self.run(cheap, count))
+        made = [each.made for each in self.view.received]
+        rounds = sorted(set(made))
+        for last in sorted({*rounds[every - 1 :: every], rounds[-1]}):
+            yield strongest(self.run(cheap, bisect_right(made, last)))
+
+    def floor(self) -> dict[str, float]:
+        """Utility of what the adversary has without the broadcasts: its examples, in each base."""
+        return {
+            f"tuned alone{'' if base == 'client' else ' on W0'}": float(
+                self._bench.measure(self._bench.tune(self._bench.initial, base), base)[UTILITY]
+            )
+            for base in self.bases
+        }
 
     def _readable(
         self, broadcasts: Mapping[int, Broadcast], history: Iterable[RoundRecord]
@@ -165,14 +181,17 @@ class Ladder:
     def _received(
         self, broadcasts: Mapping[int, Broadcast], readable: Mapping[int, frozenset[int]]
     ) -> Iterator[Received]:
-        """Each message once, whoever of them read it."""
+        """Of each round the message of the highest rank; of masks each, which has other columns."""
+        masked = self._experiment.downlink.client_mask
         for made, broadcast in sorted(broadcasts.items()):
-            seen = set()
-            for client in sorted(self._bench.clients):
-                key = edition(self._experiment, client)
-                if made in readable[client] and key in broadcast and key not in seen:
-                    seen.add(key)
-                    yield self._read(made, client, key, broadcast[key])
+            keys = {
+                edition(self._experiment, client): client
+                for client in sorted(self._bench.clients, reverse=True)
+                if made in readable[client]
+            }
+            read = sorted(keys.keys() & broadcast.keys())
+            for key in read if masked else read[-1:]:
+                yield self._read(made, keys[key], key, broadcast[key])
 
     def _read(self, made: int, client: int, key: int, payload: bytes) -> Received:
         """As a client reads it: what never travels is as the seed made it."""

@@ -27,7 +27,8 @@ def save_leak_curve(
     axes = figure.subplots()
     measured = [(r.round, r.evaluation.server) for r in history if r.evaluation]
     points = [(round, found[UTILITY]) for round, found in measured if found]
-    axes.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="server")
+    if points:
+        axes.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="server")
     curve = report["leak_curve"]
     rounds, values = ([each[key] for each in curve] for key in ("round", UTILITY))
     axes.plot(rounds, values, color="C3", marker="x", label="strongest attack on broadcasts")

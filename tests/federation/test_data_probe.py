@@ -94,6 +94,16 @@ def test_a_quantized_update_gives_members_away_too(classification: Experiment) -
     assert probe.membership(0, seen(experiment, probe))["reference"].auc > 0.9
 
 
+def test_differential_privacy_with_a_clip_that_adapts_hides_members(
+    classification: Experiment,
+) -> None:
+    keys = {"dp.clip": 1.0, "dp.adaptive": True, "server.weighting": "uniform"}
+    noise = {"dp.noise": "clients", "dp.noise_multiplier": 2.0, "dp.count_noise": 3.0}
+    experiment = classification.with_values(keys | noise)
+    probe = DataProbe(experiment)
+    assert probe.membership(0, seen(experiment, probe))["reference"].auc < 0.85
+
+
 def test_an_update_of_zeros_tells_nothing(classification: Experiment) -> None:
     probe = DataProbe(classification)
     once = seen(classification, probe)

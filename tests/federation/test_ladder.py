@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,50 @@ def test_the_ladder_meets_what_the_run_itself_measured(run: Run) -> None:
     assert found["after-training"].metrics == last.client_after
     assert found["pooled-updates"].metrics == last.client_after  # one client's mean is itself
     assert {each.broadcasts for each in found.values()} == {4}
+
+
+def test_of_clients_that_compute_in_bf16_too(tiny_experiment: Experiment) -> None:
+    values = {"client.compute": "bf16", "client.lr": 3e-2, "federation.rounds": 2}
+    half = Run(tiny_experiment.with_values(values))
+    found = by_name(list(half.ladder().run(find_attacks(["last-broadcast", "after-training"]))))
+    last = half.history[-1].evaluation
+    assert last is not None
+    assert found["last-broadcast"].metrics == last.client_before
+    assert found["after-training"].metrics == last.client_after
+    assert found["last-broadcast on W0"].metrics != last.client_before
+
+
+@pytest.mark.parametrize("ranks", [[2, 4], [4, 2]])
+def test_of_colluders_of_several_ranks_the_highest_reads(
+    tiny_experiment: Experiment, ranks: list[int]
+) -> None:
+    values = {"lora.client_ranks": ranks, "server.aggregation": "flexlora"}
+    mixed = Run(tiny_experiment.with_values({"federation.rounds": 2, **values}))
+    ladder = mixed.ladder(colluders=4)
+    assert [each.made for each in ladder.view.received] == [1, 2, 3]
+    own = {mixed.experiment.lora.rank_of(each.client) for each in ladder.view.received}
+    assert own == {4}
+    curve = ladder.curve(ATTACKS, 2)
+    assert [(each.round, each.broadcasts) for each in curve] == [(1, 2), (2, 3)]
+
+
+def test_a_model_that_has_diverged_is_never_chosen(run: Run) -> None:
+    ladder = run.ladder(max_looks=1)
+    broken = {name: tensor * float("nan") for name, tensor in ladder.view.last.state.items()}
+    assert ladder.view.loss(broken) == float("inf")
+    last = replace(ladder.view.last, state=broken)
+    view = replace(ladder.view, received=(*ladder.view.received[:-1], last))
+    assert ATTACKS["best-broadcast"].attack(view) is not broken
+
+
+def test_however_few_examples_there_are_some_are_trained_on(run: Run) -> None:
+    bench: Any = run.ladder(validation=0.999).view.tools
+    assert len(bench._train) == 1
+
+
+def test_the_floor_is_what_the_colluders_examples_give_them_alone(run: Run) -> None:
+    floor = run.ladder(max_looks=1).floor()
+    assert list(floor) == ["tuned alone", "tuned alone on W0"]
 
 
 def test_every_attack_runs_in_both_bases_and_gives_the_same_numbers_again(run: Run) -> None:
