@@ -110,15 +110,19 @@ def test_a_folder_without_a_finished_run_is_refused(
     assert "has no result.json" in capsys.readouterr().err
 
 
-def test_broadcasts_are_kept_once_and_whole(tmp_path: Path, tiny_experiment: Experiment) -> None:
+def test_broadcasts_are_kept_whole_and_replaced_where_a_round_came_to_another(
+    tmp_path: Path, tiny_experiment: Experiment
+) -> None:
     folder = RunFolder(tmp_path, tiny_experiment)
     assert folder.kept() == {}
     (tmp_path / "broadcasts" / "round-000002.part").mkdir(parents=True)  # a crash left it
     folder.keep(2, {8: b"second"})
     folder.keep(1, {4: b"first", 8: b"one"})
-    folder.keep(1, {8: b"again"})
+    folder.keep(1, {4: b"first", 8: b"one"})
     folder.keep(3, {8: b""})
     assert folder.kept() == {1: {4: b"first", 8: b"one"}, 2: {8: b"second"}}
+    folder.keep(1, {8: b"of the round that went on"})
+    assert folder.kept()[1] == {8: b"of the round that went on"}
     (tmp_path / "broadcasts" / "round-000002" / "8.safetensors").write_bytes(b"secund")
     with pytest.raises(DamagedError, match=r"8\.safetensors"):
         folder.kept()

@@ -132,19 +132,24 @@ class RunFolder:
         return None
 
     def keep(self, round: int, messages: Mapping[int, bytes]) -> None:
-        """Add what was broadcast in a round, if anything was, for whoever attacks the run; once.
+        """Add what was broadcast in a round, if anything was, for whoever attacks the run.
+
+        In the place of another one: a run that went on may have left a different round behind.
 
         Args:
             round: In which it was made.
             messages: By edition.
         """
         target = self._broadcasts / f"round-{round:06d}"
-        if target.exists() or not any(messages.values()):
+        files = {f"{key}.safetensors": x for key, x in messages.items()}
+        if not any(messages.values()) or _holds(target, files):
             return
         aside = target.with_name(target.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        write_folder(aside, {f"{key}.safetensors": x for key, x in messages.items()})
+        write_folder(aside, files)
+        if target.exists():
+            self._drop(target)
         os.replace(aside, target)
         sync(self._broadcasts)
 
@@ -199,6 +204,14 @@ class RunFolder:
         aside = path.with_name(f"{path.name}.old{ASIDE}")
         os.replace(path, aside)
         shutil.rmtree(aside)
+
+
+def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder is there, whole, with these files."""
+    try:
+        return folder.exists() and read_folder(folder) == files
+    except DamagedError:
+        return False
 
 
 def _round(path: Path) -> int:
