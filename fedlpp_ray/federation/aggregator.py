@@ -17,7 +17,6 @@ import safetensors.torch
 from fedlpp_ray.aggregation import Plan, Return, RoundSum
 from fedlpp_ray.aggregation.products import pad
 from fedlpp_ray.config import FULL_PRECISION, Experiment
-from fedlpp_ray.federation.masks import fill
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
@@ -237,11 +236,8 @@ class Aggregator:
         made = self._experiment.downlink.made_in(started)
         if (made, key) in self._decoded:
             return self._decoded[made, key]
-        schema = self._wire.broadcast(self._wire.rank(key))
-        expected = self._wire.envelope(made, key)
-        payload = self._opening.broadcasts[made][key]
-        state = decode(payload, expected, schema, self._wire.downlink)
-        state = self._wire.rotate(made, fill(state, state), back=True)
+        state = self._wire.read(made, key, self._opening.broadcasts[made][key])
+        state = self._wire.rotate(made, state, back=True)
         state = self._opening.unsent | pad(state, self._experiment.lora.rank)
         if not self._experiment.downlink.client_mask:
             self._decoded[made, key] = state

@@ -13,7 +13,7 @@ from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base, trained_whole
-from fedlpp_ray.federation.masks import cut, fill
+from fedlpp_ray.federation.masks import cut
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
@@ -208,10 +208,8 @@ class ClientHost:
         if self._decoded and self._decoded[:-1] == (expected, edition, payload):
             return self._decoded[-1]
         limit = self._experiment.client.max_broadcast_norm
-        schema = self._wire.broadcast(self._wire.rank(edition))
         try:
-            state = decode(payload, expected, schema, self._wire.downlink, max_norm=limit)
-            state = fill(state, state)
+            state = self._wire.read(round, edition, payload, limit)
         except MessageError as error:
             raise MessageError(
                 f"round {round}, broadcast refused: {error} (client.max_broadcast_norm = {limit:g})"

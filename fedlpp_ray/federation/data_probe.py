@@ -91,9 +91,7 @@ class DataProbe:
         """
         key, rank = edition(self.experiment, client), self.experiment.lora.rank_of(client)
         wire = self._wire
-        sent, schema = wire.envelope(round, key), wire.broadcast(wire.rank(key))
-        received = decode(broadcast[key], sent, schema, wire.downlink)
-        received = fill(received, received)
+        received = wire.read(round, key, broadcast[key])
         returned = Envelope("update", round, client, self.text.examples[client])
         update = decode(payload, returned, wire.update(round, rank), wire.uplink)
         update = fill(update, received)  # a clip that adapts, and its count, are no parameters

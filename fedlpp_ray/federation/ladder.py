@@ -14,10 +14,9 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.bench import Bench
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
-from fedlpp_ray.federation.masks import fill
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
-from fedlpp_ray.messages import decode, quantized
+from fedlpp_ray.messages import quantized
 from fedlpp_ray.privacy.attacks import Known
 from fedlpp_ray.privacy.view import Base, Received, View
 from fedlpp_ray.state import schema_of
@@ -197,8 +196,7 @@ class Ladder:
         """As a client reads it: what never travels is as the seed made it."""
         rank, lora = self._wire.rank(key), self._experiment.lora
         schema, codec = self._wire.broadcast(rank), self._wire.downlink
-        state = decode(payload, self._wire.envelope(made, key), schema, codec)
-        state = pad(fill(state, state), lora.rank)
+        state = pad(self._wire.read(made, key, payload), lora.rank)
         initial = self._bench.initial
         held = initial | {name: t for name, t in state.items() if name in initial}
         cells = {}

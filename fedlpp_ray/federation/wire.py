@@ -16,8 +16,8 @@ from fedlpp_ray.config import (
     ServerConfig,
     UplinkConfig,
 )
-from fedlpp_ray.federation.masks import Masks
-from fedlpp_ray.messages import Codec, Envelope
+from fedlpp_ray.federation.masks import Masks, fill
+from fedlpp_ray.messages import Codec, Envelope, decode
 from fedlpp_ray.privacy.dp import BELOW, CLIP
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.seeds import generator
@@ -126,6 +126,20 @@ class Wire:
         if self._experiment.dp.adaptive:
             sent[CLIP] = (1,)
         return dict(sorted((sent | variates).items()))
+
+    def read(
+        self, round: int, edition: int, payload: bytes, max_norm: float = float("inf")
+    ) -> State:
+        """The broadcast in force in a round as its reader has it, in the broadcast's gauge.
+
+        Whole, with zeros in the columns that did not travel, whose flags are beside it.
+
+        Raises:
+            MessageError: as `decode`.
+        """
+        schema, expected = self.broadcast(self.rank(edition)), self.envelope(round, edition)
+        state = decode(payload, expected, schema, self.downlink, max_norm=max_norm)
+        return fill(state, state)
 
     def update(self, round: int, rank: int) -> Schema:
         """Names and shapes of what a client of a rank returns in a round."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation import client
+from fedlpp_ray.federation import wire
 from fedlpp_ray.federation.adapter import AdapterFiles
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.server import Server
@@ -30,8 +30,8 @@ def test_the_next_client_has_its_own_broadcast_whatever_the_last_one_had(
     state = {name: tensor + 0.1 for name, tensor in server._state.items()}
     other = {4: encode(Envelope("broadcast", 1), state, host._wire.downlink), 2: one[2]}
     swapped = {4: one[2], 2: one[4]}
-    decoded, real = [], client.decode
-    monkeypatch.setattr(client, "decode", lambda *a, **k: decoded.append(a[0]) or real(*a, **k))
+    decoded, real = [], wire.decode
+    monkeypatch.setattr(wire, "decode", lambda *a, **k: decoded.append(a[0]) or real(*a, **k))
     # clients 0 and 2 have rank 4, clients 1 and 3 rank 2
     calls = [(0, one), (2, one), (1, one), (3, one), (0, other), (2, one), (1, other)]
     found = [host.train(1, number, broadcast).payload for number, broadcast in calls]
