@@ -139,6 +139,7 @@ def _threat(experiment: Experiment, ladder: Ladder) -> str:
     clients = sorted(ladder.view.tools.clients)
     who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} colluding clients"
     bases = {"client": "their base", "public": "W0 in full precision"}
+    bases["corrected"] = "W0 + R, as the server corrects it"
     count, rounds = len(ladder.view.received), experiment.adversary.rounds
     return (
         f"adversary {who}, passive; has {' and '.join(bases[each] for each in ladder.bases)}; "
@@ -153,7 +154,9 @@ def _report(
     own: dict[str, float],
 ) -> dict[str, Any]:
     """The result as plain values: each attack, and protection against it, its level, and all."""
-    last = outcome["history"][-1]["server"]
+    from fedlpp_ray.federation.results import last_server
+
+    last = last_server(outcome)
     server = None if last is None else _utility(last)
     floor = own | {name: _utility(outcome["floor"][name]) for name in ("base", "local_only")}
 

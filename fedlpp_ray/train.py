@@ -163,7 +163,8 @@ class _Command:
             for _ in show_rounds(rounds, total, self.console):
                 if log:
                     log.rounds(federation.history)
-            outcome = result(self.experiment, federation.history, backend.measure_floor())
+            floor = backend.measure_floor()
+            outcome = result(self.experiment, federation.history, floor, federation.final)
         return to_json(outcome) + "\n"
 
     @contextmanager

@@ -22,6 +22,8 @@ CLIENT = {"client.zero.stage": 3, **{f"client.zero.{key}": n for key, n in WHOLE
 STAGE_2 = {"server.zero.stage": 2}
 TUNED = {"server.examples": 21, "server.tune_steps": 3, "server.tune_lr": 1e-2}
 """A server that trains."""
+FINISHED = TUNED | {"server.final_average": 2, "server.final_tune_steps": 2}
+"""And at the end makes a model of its own."""
 
 
 class Ranks:

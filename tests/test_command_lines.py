@@ -65,7 +65,8 @@ def test_train_in_process_and_in_ray_write_the_same_result(
         assert "round 2/2" in done.stderr
         assert "protection" in done.stderr
         outcome = json.loads((project / name).read_text())
-        assert set(outcome) == {"config", "history", "floor", "protection", "versions", "seed"}
+        keys = {"config", "history", "final", "floor", "protection", "versions", "seed"}
+        assert set(outcome) == keys
         assert outcome["config"]["lora"]["rank"] == 2
         assert [record["round"] for record in outcome["history"]] == [1, 2]
         for record in outcome["history"]:

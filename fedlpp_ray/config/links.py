@@ -11,6 +11,8 @@ from fedlpp_ray.config.section import (
     Bits,
     Block,
     Codebook,
+    Magnitude,
+    NotNegative,
     Positive,
     Scale,
     Section,
@@ -33,6 +35,18 @@ class DownlinkConfig(Section):
     scale: Scale = "fp32"
     """How the scales travel: fp32, fp16, or 8 bits (`double`)."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    hysteresis: NotNegative = 0.0
+    """A code changes only where its value is beyond the end of its cell by more than this, in
+    halves of the gap between the levels there: at 1, where it passes the next level. 0: off."""
+    hold_scales: bool = False
+    """A block's scale stays while its largest magnitude is within a factor sqrt 2 of it. Meanwhile
+    larger values are sent as the outermost levels."""
+    dither: Literal["none", "round", "run"] = "none"
+    """Where in the gap between two levels rounding changes over is drawn for each weight, by the
+    server alone: anew for each message, or once for the run. `round` is stochastic rounding."""
+    magnitude: Magnitude = "absmax"
+    """What the scales that are sent keep of a block: its largest magnitude, or its L2 norm, which
+    rounding to few bits enlarges otherwise."""
     factors: Literal["both", "A", "B"] = "both"
     """Which factor is quantized; the other is sent in fp32."""
     rotate: bool = False

@@ -262,7 +262,26 @@ class ServerConfig(Section):
     (`server.examples`). Optimizer and batches are as the clients' are, at a constant rate."""
     tune_lr: PositiveFloat = 1e-4
     """Learning rate of these."""
+    final_average: Annotated[int, Field(ge=0)] = 0
+    """Above 1: after the last round the server makes a final model that no client receives anything
+    of, the mean of its states after so many last rounds (iterate averaging, Polyak and Juditsky
+    1992; SWA, arXiv 1803.05407). The rounds are as they are without."""
+    final_tune_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that the server trains its final model, after averaging, on its own examples
+    (`server.examples`). Optimizer and batches are as the clients' are, at a constant rate."""
+    final_tune_lr: PositiveFloat = 1e-4
+    """Learning rate of these."""
+    base_correction: Annotated[int, Field(ge=0)] = 0
+    """k: the server's model is W0 + R + (alpha/r) B A, with R the best approximation of rank k of
+    what quantizing took from a client's base, W^ - W0, in every layer that is quantized there: the
+    base that B and A were trained on (as the residue of LoftQ, arXiv 2310.08659). R is never sent,
+    and `tune_steps` trains without it."""
     num_workers: Positive = 1
     """Ranks of the server, each with the CPUs and GPUs that `runtime` gives the server; they share
     its batches, and with `zero.stage` 3 its model."""
     zero: ZeroConfig = ZeroConfig()
+
+    @property
+    def makes_final(self) -> bool:
+        """Whether there is a final model, which is never broadcast."""
+        return self.final_average > 1 or self.final_tune_steps > 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from fedlpp_ray.federation.private import Clipping
-from fedlpp_ray.federation.records import Assignment, ClientReport, Floor, Memory, Pending
+from fedlpp_ray.federation.records import Assignment, ClientReport, Final, Floor, Memory, Pending
 from fedlpp_ray.federation.wire import Broadcast
 
 
@@ -62,6 +62,12 @@ class Backend(Protocol):
         """Begin to measure the server's state and what the strongest client has of it.
 
         Given the broadcast in force in the round that follows, and what the client has kept.
+        """
+
+    def finish(self) -> Final | None:
+        """Make the server's final model from its states; None where the experiment has none.
+
+        After the last round was closed. The server's state stays as it is.
         """
 
     def measure_floor(self) -> Floor:

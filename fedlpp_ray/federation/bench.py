@@ -13,7 +13,7 @@ from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
-from fedlpp_ray.federation.emulation import load_client_base
+from fedlpp_ray.federation.emulation import correction_of, load_client_base
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, store_in_bf16
 from fedlpp_ray.privacy.view import Base
 from fedlpp_ray.seeds import derive, generator
@@ -33,7 +33,20 @@ def bases_of(experiment: Experiment) -> tuple[Base, ...]:
     """The frozen models of the colluders; W0 is not named twice where clients have it anyhow."""
     has_all = experiment.client.base_bits == FULL_PRECISION and experiment.client.compute == "fp32"
     public = experiment.adversary.base != "proprietary" and experiment.emulator.kind == "none"
-    return ("client", "public") if public and not has_all else ("client",)
+    if has_all or not public:
+        return ("client",)
+    # The server's correction is made of W0 and of the quantizer, which who has W0 knows.
+    corrected = experiment.server.base_correction > 0
+    return ("client", "public", "corrected") if corrected else ("client", "public")
+
+
+def _corrected_base(experiment: Experiment, text: FederatedText) -> nn.Module:
+    """W0 + R, as the server measures its model on."""
+    base = load_base(experiment, text)
+    correction = correction_of(experiment, base)
+    assert correction is not None
+    correction.fold()
+    return base
 
 
 class Held:
@@ -84,9 +97,11 @@ class Bench:
         self._experiment, self._text, self._device = experiment, text, device
         self.bases = bases_of(experiment)
         base, compute = load_client_base(experiment, text, emulator), experiment.client.compute
-        self._held = {"client": Held(experiment, base, device, compute)}
+        self._held: dict[Base, Held] = {"client": Held(experiment, base, device, compute)}
         if "public" in self.bases:
             self._held["public"] = Held(experiment, load_base(experiment, text), device)
+        if "corrected" in self.bases:
+            self._held["corrected"] = Held(experiment, _corrected_base(experiment, text), device)
         own = colluders(experiment, text)
         self.clients = frozenset(own)
         self._train, validation = self._split(own)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fedlpp_ray.config import check_same, dump_experiment, load_experiment
 from fedlpp_ray.federation.loop import Federation
-from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.records import Final, RoundRecord
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.snapshot import Snapshot
 from fedlpp_ray.storage import (
@@ -30,6 +30,8 @@ from fedlpp_ray.storage import (
 from fedlpp_ray.storage.runs import EXPERIMENT
 
 HISTORY, ADAPTER = "history.json", "adapter"
+FINAL, FINAL_RECORD = "final", "final.json"
+"""In the last round's checkpoint: the adapter of the server's final model, and its record."""
 CLIENTS, BROADCASTS = "clients", "broadcasts"
 Content = TypeVar("Content", bytes, StoredBytes)
 _UNDEFINED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -78,7 +80,7 @@ def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def trained(folder: RunFolder) -> dict[str, bytes]:
-    """The files of the adapter after the last finished round.
+    """The files of the final model's adapter, or of that after the last finished round.
 
     Raises:
         CheckpointError: the folder has no checkpoint.
@@ -88,7 +90,8 @@ def trained(folder: RunFolder) -> dict[str, bytes]:
     latest = folder.latest()
     if latest is None:
         raise CheckpointError(f"{folder.path}: has no checkpoint, so no adapter")
-    files = _inside(ADAPTER, read_folder(latest, without=CLIENTS))
+    found = read_folder(latest, without=CLIENTS)
+    files = _inside(FINAL, found) or _inside(ADAPTER, found)
     return {name: content for name, content in files.items() if name != TRAINING}
 
 
@@ -105,6 +108,7 @@ def _files(federation: Federation) -> dict[str, bytes | StoredBytes]:
         EXPERIMENT: experiment.encode(),
         HISTORY: json.dumps(history, allow_nan=False).encode(),
         **{f"{ADAPTER}/{name}": x for name, x in (snapshot.adapter or {}).items()},
+        **_final_files(snapshot.final),
         **_numbered(CLIENTS, snapshot.memories),
         **{name: message for files in broadcasts for name, message in files.items()},
     }
@@ -117,7 +121,21 @@ def _snapshot(files: Mapping[str, bytes], kept: Mapping[str, StoredBytes]) -> Sn
         _messages(CLIENTS, kept),
         {each: _messages(f"{BROADCASTS}/{each}", files) for each in made},
         _inside(ADAPTER, files) or None,
+        _final(files),
     )
+
+
+def _final_files(final: Final | None) -> dict[str, bytes]:
+    if final is None:
+        return {}
+    record = json.dumps(_strict(final.to_dict()), allow_nan=False).encode()
+    return {FINAL_RECORD: record} | {f"{FINAL}/{name}": x for name, x in final.adapter.items()}
+
+
+def _final(files: Mapping[str, bytes]) -> Final | None:
+    if FINAL_RECORD not in files:
+        return None
+    return Final(**_defined(json.loads(files[FINAL_RECORD])), adapter=_inside(FINAL, files))
 
 
 def _inside(name: str, files: Mapping[str, Content]) -> dict[str, Content]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from fedlpp_ray.aggregation import METHODS, Method, find_method, find_robust
 from fedlpp_ray.aggregation.methods.base import keep
-from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.config import FULL_PRECISION, ConfigError, Experiment
+from fedlpp_ray.federation import guarded
 from fedlpp_ray.federation.private import refusals
 from fedlpp_ray.privacy.dp import check_accountant
 
@@ -19,6 +20,8 @@ def check_combinations(experiment: Experiment) -> None:
         UserError: `dp.clip` without its accountant.
     """
     _check_privacy(experiment)
+    for key, reasons in guarded.refusals(experiment.downlink).items():
+        _refuse(key, reasons)
     _check_emulator(experiment)
     _check_adapter(experiment)
     _check_method(experiment)
@@ -119,6 +122,8 @@ def _check_method(experiment: Experiment) -> None:
     _check_stale(experiment, method)
     _check_masks(experiment, method)
     _check_robust(experiment, method)
+    _check_final(experiment, method)
+    _check_correction(experiment, method)
     if experiment.downlink.rotate and experiment.uplink.error_feedback:
         raise ConfigError(
             "uplink.error_feedback adds what an earlier round's rounding took, and downlink.rotate "
@@ -254,6 +259,53 @@ def _check_robust(experiment: Experiment, method: Method) -> None:
         f"small: it needs {limit}": federation.min_updates < needed,
     }
     _refuse(f"server.robust '{config.robust}'", reasons)
+
+
+def _check_final(experiment: Experiment, method: Method) -> None:
+    """Refuse a final model that cannot be made, or would be another than it is said to be."""
+    config, rounds = experiment.server, experiment.federation.rounds
+    name, average = config.aggregation, config.final_average
+    personal = (
+        f"server.aggregation '{name}' leaves {' and '.join(sorted(method.personal))} at the "
+        "clients, so the server has no whole model"
+    )
+    if average > 1:
+        reasons = {
+            f"there are federation.rounds = {rounds}; allowed: 0 to {rounds}": average > rounds,
+            personal: bool(method.personal),
+            f"server.aggregation '{name}' makes new factors of products in every round, whose mean "
+            "is not that of the factors; allowed: methods that average factors, such as fedit": (
+                method.refit is not keep
+            ),
+        }
+        _refuse(f"server.final_average = {average}", reasons)
+    if config.final_tune_steps:
+        reasons = {
+            "needs server.examples above 0: the server trains on examples of its own, not on its "
+            "clients'": not config.examples,
+            personal: bool(method.personal),
+        }
+        _refuse(f"server.final_tune_steps = {config.final_tune_steps}", reasons)
+
+
+def _check_correction(experiment: Experiment, method: Method) -> None:
+    """Refuse a correction of the server's base towards one that it cannot be made of."""
+    rank, client, kind = experiment.server.base_correction, experiment.client, experiment.emulator
+    if not rank:
+        return
+    reasons = {
+        "client.base_bits 32 takes nothing from W0 that could be corrected; allowed: 2 to 8": (
+            client.base_bits == FULL_PRECISION
+        ),
+        f"emulator.kind '{kind.kind}' gives clients another model than W0": kind.kind != "none",
+        "client.base_format 'bitsandbytes' computes on weights that it alone can read; allowed: "
+        "packed": client.base_format == "bitsandbytes",
+        "server.zero.stage 3 spreads W0 over ranks, and the correction is made of whole layers; "
+        "allowed: 0, 2": experiment.server.zero.stage == 3,
+        f"server.aggregation '{experiment.server.aggregation}' leaves a part of the model at the "
+        "clients, so the server has none to correct": bool(method.personal),
+    }
+    _refuse(f"server.base_correction = {rank}", reasons)
 
 
 def _masks(experiment: Experiment) -> bool:

@@ -13,6 +13,7 @@ from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText, base_of, load_base
 from fedlpp_ray.models import (
+    Correction,
     emulator_bytes,
     head_modules,
     is_sharded,
@@ -104,6 +105,19 @@ def load_client_base(
     # Quantized before it moves: the device never holds the full base, and bitsandbytes quantizes
     # int8 on the way there only.
     return quantize_base(model, experiment.client, whole)
+
+
+def correction_of(experiment: Experiment, base: nn.Module) -> Correction | None:
+    """What gives W0 back the base of the clients, as `server.base_correction` says; None at 0.
+
+    Args:
+        experiment: What to run.
+        base: W0, without adapters; it is not changed.
+    """
+    rank = experiment.server.base_correction
+    if not rank:
+        return None
+    return Correction(base, experiment.client, rank, broadcast_modules(experiment, base))
 
 
 def trained_whole(experiment: Experiment, base: nn.Module, text: FederatedText) -> list[str]:

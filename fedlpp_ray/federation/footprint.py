@@ -14,6 +14,7 @@ from fedlpp_ray.lora import adapted_numbers, add_adapter, add_residuals
 from fedlpp_ray.models import (
     activation_bytes,
     cache_bytes,
+    correction_bytes,
     layer_bytes,
     load_outline,
     logits_bytes,
@@ -64,9 +65,9 @@ class Footprint:
             update, the server optimizer, and the returns that a method keeps, which alone grow
             with the cohort.
         training: Activations and logits of a step of client.batch_size texts of full length.
-        evaluation: Merged and dequantized weights (`lora.merged`), one layer's activations and the
-            logits of evaluation.batch_size texts of full length, and the keys and values of a
-            search.
+        evaluation: Merged and dequantized weights (`lora.merged`), of a server those that
+            `server.base_correction` corrects, one layer's activations and the logits of
+            evaluation.batch_size texts of full length, and the keys and values of a search.
         on_gpu: Whether the party has a share of a GPU.
 
     Of a party that is spread over ranks, all is of one of them: by ZeRO-3 it has its part of the
@@ -159,7 +160,10 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     unpacked = 0 if on_gpu else unpacked_bytes(base, config, kept)
     moved = weight_bytes(base) - dense + stored
     party = experiment.client if role == "client" else experiment.server
-    learns = trains or experiment.server.tune_steps > 0
+    correction = 0 if trains else experiment.server.base_correction
+    fitted, folded = correction_bytes(base, correction, kept)
+    server = experiment.server
+    learns = trains or server.tune_steps > 0 or server.final_tune_steps > 0
     training = _training(base, experiment, party.num_workers) if learns else 0
     largest = FP32 * max(parameter.numel() for parameter in base.parameters())
     evaluation = _evaluation(base, experiment)
@@ -174,11 +178,11 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
         process=PROCESS,
         loading=loading,
         shared=made if maps else 0,
-        weights=moved if on_gpu else 0 if maps else made,
+        weights=fitted + (moved if on_gpu else 0 if maps else made),
         trained=_trained(model, experiment, trains=trains),
         folding=0 if trains else folding_bytes(model, experiment),
-        training=training,
-        evaluation=evaluation + (merged // 2 if half else merged),
+        training=training + folded * learns,
+        evaluation=evaluation + folded + (merged // 2 if half else merged),
         on_gpu=on_gpu,
     )
     if party.zero.stage != 3:
@@ -265,6 +269,7 @@ def _trained(model: nn.Module, experiment: Experiment, *, trains: bool) -> int:
     """Bytes of what is trained, with its gradients, moments and copies."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     copies = 1 + _STATES + (1 + _MOMENTS[experiment.client.optimizer] if trains else 0)
+    copies += 2 * (not trains and experiment.server.final_average > 1)  # their sum, in float64
     return FP32 * (trained * copies + residual_numbers(model) * (1 + _STATES))
 
 

@@ -58,6 +58,7 @@ class InProcess:
         self.encode_broadcast = self._server.encode_broadcast
         self.aggregate = self._server.aggregate
         self.discard = self._server.discard
+        self.finish = self._server.finish
         self.clipping = self._server.clipping
         self.adapter = self._server.adapter
         self.restore = self._server.restore

@@ -23,6 +23,9 @@ from fedlpp_ray.state import schema_of
 from fedlpp_ray.tasks import UTILITY, Metrics
 from fedlpp_ray.training import configure_torch
 
+ON: dict[Base, str] = {"client": "", "public": " on W0", "corrected": " on W0 + R"}
+"""What a name says of the base that a state is put into."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -47,7 +50,7 @@ class Outcome:
     @property
     def name(self) -> str:
         """Of the attack, with the base if that is not the client's."""
-        return self.attack if self.base == "client" else f"{self.attack} on W0"
+        return f"{self.attack}{ON[self.base]}"
 
     @property
     def utility(self) -> float:
@@ -157,7 +160,7 @@ class Ladder:
     def floor(self) -> dict[str, float]:
         """Utility of what the adversary has without the broadcasts: its examples, in each base."""
         return {
-            f"tuned alone{'' if base == 'client' else ' on W0'}": float(
+            f"tuned alone{ON[base]}": float(
                 self._bench.measure(self._bench.tune(self._bench.initial, base), base)[UTILITY]
             )
             for base in self.bases
@@ -182,6 +185,7 @@ class Ladder:
     ) -> Iterator[Received]:
         """Of each round the message of the highest rank; of masks each, which has other columns."""
         masked = self._experiment.downlink.client_mask
+        before: dict[int, bytes] = {}
         for made, broadcast in sorted(broadcasts.items()):
             keys = {
                 edition(self._experiment, client): client
@@ -190,21 +194,28 @@ class Ladder:
             }
             read = sorted(keys.keys() & broadcast.keys())
             for key in read if masked else read[-1:]:
-                yield self._read(made, keys[key], key, broadcast[key])
+                yield self._read(made, keys[key], key, broadcast[key], before.get(key))
+            before = {key: broadcast[key] for key in read}
 
-    def _read(self, made: int, client: int, key: int, payload: bytes) -> Received:
-        """As a client reads it: what never travels is as the seed made it."""
+    def _read(
+        self, made: int, client: int, key: int, payload: bytes, before: bytes | None
+    ) -> Received:
+        """As a client reads it: what never travels is as the seed made it.
+
+        The adversary knows the experiment, so that its cells are those of the defences of the
+        codes. `before` is the message made before, if one of the colluders could read it.
+        """
         rank, lora = self._wire.rank(key), self._experiment.lora
         schema, codec = self._wire.broadcast(rank), self._wire.downlink
         state = pad(self._wire.read(made, key, payload), lora.rank)
         initial = self._bench.initial
         held = initial | {name: t for name, t in state.items() if name in initial}
         cells = {}
-        if codec.quantizer and codec.quantizer.rounding == "nearest" and rank == lora.rank:
-            tensors = quantized(payload, schema, codec)
+        if codec.quantizer and rank == lora.rank:
+            last = quantized(before, schema, codec) if before else {}
             cells = {
-                name: tensor.cells()
-                for name, tensor in tensors.items()
+                name: codec.guard.cells(tensor, last.get(name), first=made == 1)
+                for name, tensor in quantized(payload, schema, codec).items()
                 if name in held and tensor.shape == tuple(held[name].shape)
             }
         return Received(made, client, held, cells)

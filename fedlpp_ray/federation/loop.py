@@ -14,6 +14,7 @@ from fedlpp_ray.federation.records import (
     Assignment,
     ClientRecord,
     ClientReport,
+    Final,
     Measured,
     Memory,
     Pending,
@@ -43,6 +44,7 @@ class Federation:
 
     Attributes:
         history: The finished rounds. A run that starts with a history continues after it.
+        final: The server's final model, once the last round is finished, if there is to be one.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Federation:
         self.backend = backend
         self._keep = keep
         self.history: list[RoundRecord] = []
+        self.final: Final | None = None
         self._memories: dict[int, StoredBytes] = {}  # what clients keep
         self._broadcasts: dict[int, Broadcast] = {}  # by the round in which they were made
         self._taken: Snapshot | None = None
@@ -84,6 +87,8 @@ class Federation:
             # 5. Record it, and measure it while the next round trains.
             self._record(plan, reports, digest)
         if len(self.history) > done:
+            with clock("aggregate"):
+                self.final = self.backend.finish()
             self._put_in_force(last + 1, [], clock)
             yield self._measured(self._evaluate(last + 1, clock), clock)
 
@@ -93,7 +98,8 @@ class Federation:
         if self._taken is None or len(self._taken.history) + 1 != following:
             kept = {made: b for made, b in self._broadcasts.items() if made < following}
             adapter = self.backend.adapter() if self.history else None
-            self._taken = Snapshot(tuple(self.history), dict(self._memories), kept, adapter)
+            memories = dict(self._memories)
+            self._taken = Snapshot(tuple(self.history), memories, kept, adapter, self.final)
         return self._taken
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -112,6 +118,7 @@ class Federation:
         self.history = list(snapshot.history)
         self._memories = dict(snapshot.memories)
         self._broadcasts = dict(snapshot.broadcasts)
+        self.final = snapshot.final
         self._taken = snapshot
 
     def _put_in_force(self, round: int, clients: Sequence[int], clock: Clock) -> None:

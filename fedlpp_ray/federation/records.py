@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -134,6 +134,25 @@ class Floor:
     local_only: Metrics
     client: int
     examples: int
+
+
+@dataclass(frozen=True)
+class Final:
+    """The server's final model, made after the last round; no client receives anything of it.
+
+    Attributes:
+        server: Metrics, on the server's base; None where `evaluation.server` is false.
+        digest: SHA-256 of its state.
+        adapter: The state as the files of a PEFT adapter, and what an adapter cannot hold.
+    """
+
+    server: Metrics | None
+    digest: str
+    adapter: Mapping[str, bytes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a result file has of it, named as in a round's record."""
+        return {"server": self.server, "digest": self.digest}
 
 
 def report(update: ClientUpdate) -> ClientReport:

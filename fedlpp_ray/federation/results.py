@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from fedlpp_ray import __version__
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.records import EVALUATED, Floor, RoundRecord
+from fedlpp_ray.federation.records import EVALUATED, Final, Floor, RoundRecord
 from fedlpp_ray.privacy import Protection, measure_protection
 from fedlpp_ray.tasks import UTILITY
 
 _PACKAGES = ("torch", "transformers", "peft", "ray", "numpy")
 
 
-def run_protection(history: Sequence[RoundRecord], floor: Floor) -> Protection:
+def run_protection(
+    history: Sequence[RoundRecord], floor: Floor, final: Final | None = None
+) -> Protection:
     """Protection of a finished run over the models measured in it.
 
     A client keeps what it receives, so its strongest model is taken over all evaluated rounds, and
-    compared with the server's final model. Chosen on the held-out data, the maximum flatters the
-    client a little: the error is on the side of less protection.
+    compared with the model that the server ends with: its final one, or that of the last round.
+    Chosen on the held-out data, the maximum flatters the client a little: the error is on the side
+    of less protection.
     """
     evaluated = [record for record in history if record.evaluation]
     attacks = {
@@ -35,8 +38,9 @@ def run_protection(history: Sequence[RoundRecord], floor: Floor) -> Protection:
     }
     last = evaluated[-1].evaluation
     assert last is not None
+    server = final.server if final else last.server
     return measure_protection(
-        None if last.server is None else last.server[UTILITY],
+        None if server is None else server[UTILITY],
         attacks,
         {"base": floor.base[UTILITY], "local_only": floor.local_only[UTILITY]},
     )
@@ -55,13 +59,24 @@ def to_json(outcome: dict[str, Any]) -> str:
     return json.dumps(plain(outcome), indent=1)
 
 
-def result(experiment: Experiment, history: Sequence[RoundRecord], floor: Floor) -> dict[str, Any]:
+def last_server(outcome: Mapping[str, Any]) -> Any:
+    """Of a result, the metrics of the model that the server ends with; None where it has none."""
+    return (outcome.get("final") or outcome["history"][-1])["server"]
+
+
+def result(
+    experiment: Experiment,
+    history: Sequence[RoundRecord],
+    floor: Floor,
+    final: Final | None = None,
+) -> dict[str, Any]:
     """The result of a finished run, as plain values."""
     return {
         "config": experiment.model_dump(mode="json"),
         "history": [record.to_dict() for record in history],
+        "final": final.to_dict() if final else None,
         "floor": asdict(floor),
-        "protection": asdict(run_protection(history, floor)),
+        "protection": asdict(run_protection(history, floor, final)),
         "versions": {"fedlpp_ray": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "seed": experiment.seed,

@@ -16,9 +16,11 @@ from fedlpp_ray.aggregation.rules import next_state
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.adapter import adapter_state
 from fedlpp_ray.federation.aggregator import Aggregator, Opening
+from fedlpp_ray.federation.average import Average
 from fedlpp_ray.federation.data import FederatedText
+from fedlpp_ray.federation.last_sent import LastSent
 from fedlpp_ray.federation.private import UNCLIPPED, Clipping, private
-from fedlpp_ray.federation.records import Assignment
+from fedlpp_ray.federation.records import Assignment, Final
 from fedlpp_ray.federation.server_model import ServerModel
 from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.messages import MessageError, encode
@@ -37,6 +39,7 @@ from fedlpp_ray.training import (
 
 RESIDUAL, OPTIMIZER = "residual.safetensors", "optimizer.safetensors"
 VARIATES, CLIPPING = "variates.safetensors", "clip.safetensors"
+AVERAGE, CORRECTION = "average.safetensors", "correction.safetensors"
 EMULATOR = "emulator.sha256"
 
 
@@ -60,10 +63,12 @@ class Server:
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
         self._aggregator: Aggregator | None = None
+        self._last_sent = LastSent(self._wire)
         self._private = private(experiment)
         self._clip = self._private.first_clip if self._private else math.inf
         self._clipping = UNCLIPPED
-        config = experiment.server
+        config, self._closed = experiment.server, 0
+        self._average = Average(config.final_average, experiment.federation.rounds)
         self._optimizer = make_optimizer(
             config.optimizer,
             schema_of(self._state),
@@ -118,14 +123,18 @@ class Server:
 
     def _encode(self, round: int, edition: int) -> bytes:
         own, rank = edition == self._experiment.lora.rank, self._wire.rank(edition)
-        random = generator(self._experiment.seed, "broadcast", round, *(() if own else (edition,)))
+        draw = ("dither",) if self._experiment.downlink.dither == "run" else ("broadcast", round)
+        random = generator(self._experiment.seed, *draw, *(() if own else (edition,)))
         held = self._state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
         held[CLIP] = torch.tensor([self._clip])
         schema = self._wire.broadcast(rank)
         state = truncate({name: t for name, t in held.items() if name in schema}, rank)
         state = self._wire.masks.apply(state, self._wire.masks.draw(round, edition))
         state = self._wire.rotate(round, state)
-        return encode(self._wire.envelope(round, edition), state, self._wire.downlink, random)
+        envelope, before = self._wire.envelope(round, edition), self._last_sent.before(edition)
+        payload = encode(envelope, state, self._wire.downlink, random, before)
+        self._last_sent.add(edition, payload)
+        return payload
 
     def opening(
         self, round: int, cohort: Sequence[Assignment], broadcasts: Mapping[int, Broadcast]
@@ -229,7 +238,13 @@ class Server:
         if total.clients and self._experiment.server.tune_steps:
             tuned = self._model.tune(round, self._initial | self._state)
             self._state = {name: tuned[name] for name in self._state}
-        self._aggregator = None
+        return self._close(round)
+
+    def _close(self, round: int) -> str:
+        """Forget what was received; returns the digest of the state, which is that of the round."""
+        self._aggregator, self._closed = None, round
+        self._average.add(round, self._state)
+        self._last_sent.close()
         return state_digest(self._state)
 
     def _next_private(self, round: int, total: RoundSum, own: State) -> State:
@@ -251,8 +266,8 @@ class Server:
             MessageError: the round is not open.
         """
         self._open(round)
-        self._aggregator, self._clipping = None, (self._clip, None)
-        return state_digest(self._state)
+        self._clipping = (self._clip, None)
+        return self._close(round)
 
     def _open(self, round: int) -> Aggregator:
         if self._aggregator is None or self._aggregator.round != round:
@@ -287,26 +302,55 @@ class Server:
             return None
         return self._model.evaluate(self._initial | self._state)
 
+    def finish(self) -> Final | None:
+        """The final model: the mean of the last states, then tuned, as `server.final_*` say.
+
+        After the last round was closed. The state stays as it is, and nothing is sent of it.
+
+        Returns:
+            None where there is to be none.
+        """
+        config = self._experiment.server
+        if not config.makes_final:
+            return None
+        whole = self._initial | (self._average.mean() or self._state)
+        if config.final_tune_steps:
+            whole = self._model.finish(whole)
+        state = {name: whole[name] for name in self._state}
+        measured = self._experiment.evaluation.server
+        metrics = self._model.evaluate(self._initial | state) if measured else None
+        return Final(metrics, state_digest(state), self._files(state, corrected=True))
+
+    def _files(self, state: State, *, corrected: bool) -> dict[str, bytes]:
+        """A PEFT adapter, and what an adapter cannot hold of the model."""
+        beside = {RESIDUAL: {n: t for n, t in state.items() if part(n) == "residual"}}
+        if corrected:
+            beside[CORRECTION] = self._model.correction()
+        return self._model.files.of(self._initial | state) | _saved(beside)
+
     def adapter(self) -> dict[str, bytes]:
         """The state as files by name: a PEFT adapter, and what an adapter cannot hold.
 
         `residual.safetensors` has what is added to the base, times alpha / rank;
-        `optimizer.safetensors` what the server's optimiser remembers; `variates.safetensors`
-        SCAFFOLD's c; `clip.safetensors` the clip that adapts; `emulator.sha256` which emulator
-        clients have. Each only where there is any.
+        `correction.safetensors`, after the last round where no final model comes, R of
+        `server.base_correction` (`Correction.tensors`); `optimizer.safetensors` what the server's
+        optimiser remembers; `average.safetensors` the sum of the last states;
+        `variates.safetensors` SCAFFOLD's c; `clip.safetensors` the clip that adapts;
+        `emulator.sha256` which emulator clients have; `sent-EDITION.safetensors` the last
+        broadcasts. Each only where there is any.
         """
-        files = self._model.files.of(self._initial | self._state)
-        residuals = {n: t for n, t in self._state.items() if part(n) == "residual"}
+        experiment = self._experiment
+        ends = self._closed == experiment.federation.rounds and not experiment.server.makes_final
+        files = self._files(self._state, corrected=ends) | self._last_sent.files()
         beside = {
-            RESIDUAL: residuals,
             OPTIMIZER: self._optimizer.state_dict(),
             VARIATES: self._variates,
         }
         if self._experiment.dp.adaptive:
             beside[CLIPPING] = {CLIP: torch.tensor([self._clip])}
-        for name, tensors in beside.items():
-            if tensors:
-                files[name] = safetensors.torch.save(tensors)
+        files |= _saved(beside)
+        if average := self._average.save():
+            files[AVERAGE] = average
         if self._emulator is not None:
             files[EMULATOR] = self._emulator_digest()
         return files
@@ -337,6 +381,15 @@ class Server:
             self._optimizer.load_state_dict(safetensors.torch.load(adapter[OPTIMIZER]))
         if VARIATES in adapter:
             self._variates = safetensors.torch.load(adapter[VARIATES])
+        self._average.load(adapter.get(AVERAGE))
+        self._last_sent.restore(adapter)
         if CLIPPING in adapter:
             self._clip = float(safetensors.torch.load(adapter[CLIPPING])[CLIP])
         return state_digest(self._state)
+
+
+def _saved(beside: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
+    """Files by name, each only where there is a tensor."""
+    return {
+        name: safetensors.torch.save(dict(tensors)) for name, tensors in beside.items() if tensors
+    }

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.adapter import AdapterFiles
 from fedlpp_ray.federation.data import FederatedText, base_of, load_base
-from fedlpp_ray.federation.emulation import broadcast_modules, emulate, trained_whole
+from fedlpp_ray.federation.emulation import (
+    broadcast_modules,
+    correction_of,
+    emulate,
+    trained_whole,
+)
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals
 from fedlpp_ray.models import BaseParts, shard
 from fedlpp_ray.seeds import derive
-from fedlpp_ray.state import State
+from fedlpp_ray.state import Part, State
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import ALONE, Descent, Group, Training, configure_torch, together
 
@@ -52,6 +61,7 @@ class ServerModel:
         else:
             model = load_base(experiment, text)
         self.emulator = emulate(experiment, text, model, self._device)
+        self._correction = correction_of(experiment, model)
         adapted = add_adapter(model, experiment.adapter, experiment.lora, experiment.seed)
         self._model = adapted.to(self._device)
         if find_method(config.aggregation).writes_base:
@@ -61,29 +71,58 @@ class ServerModel:
 
     @together
     def evaluate(self, state: State) -> Metrics:
-        """Metrics of the base with a state."""
+        """Metrics of the base with a state, corrected as `server.base_correction` says."""
         self._state.write(state)
-        return self._text.evaluate(self._model, self._device)
+        with self._corrected():
+            return self._text.evaluate(self._model, self._device)
 
     @together
     def tune(self, round: int, state: State) -> State:
         """The state after `server.tune_steps` steps on the server's own examples."""
-        config, client = self._experiment.server, self._experiment.client
+        config = self._experiment.server
+        parts = find_method(config.aggregation).trained(round)
+        return self._train(state, parts, config.tune_steps, config.tune_lr, round)
+
+    @together
+    def finish(self, state: State) -> State:
+        """The state after `server.final_tune_steps` steps, on the base on which it is measured.
+
+        All is trained that is in any round.
+        """
+        config = self._experiment.server
+        rounds = range(1, self._experiment.federation.rounds + 1)
+        parts = frozenset[Part]().union(*map(find_method(config.aggregation).trained, rounds))
+        with self._corrected():
+            return self._train(state, parts, config.final_tune_steps, config.final_tune_lr, "final")
+
+    def _train(
+        self, state: State, parts: frozenset[Part], steps: int, lr: float, purpose: int | str
+    ) -> State:
+        """The state after training some of its parts; `purpose` seeds it."""
+        client = self._experiment.client
         self._state.write(state)
-        with self._state.training_only(find_method(config.aggregation).trained(round)):
+        with self._state.training_only(parts):
             Training(
                 self._model,
                 self._text.servers(),
-                client.model_copy(update={"lr": config.tune_lr}),
-                steps=config.tune_steps,
-                seed=derive(self._experiment.seed, "server", round),
+                client.model_copy(update={"lr": lr}),
+                steps=steps,
+                seed=derive(self._experiment.seed, "server", purpose),
                 pad=self._text.pad,
                 device=self._device,
                 descent=Descent(client.optimizer, client.momentum),
                 group=self.group,
-                zero=config.zero,
+                zero=self._experiment.server.zero,
             ).run()
         return self._state.read()
+
+    def _corrected(self) -> AbstractContextManager[None]:
+        """Inside the block the base is that on which the server's model is measured."""
+        return self._correction.applied() if self._correction else nullcontext()
+
+    def correction(self) -> dict[str, Tensor]:
+        """R, as `Correction.tensors`; empty without one."""
+        return self._correction.tensors() if self._correction else {}
 
     @together
     def part(self, number: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.records import Final, RoundRecord
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.storage import StoredBytes
 
@@ -21,9 +21,11 @@ class Snapshot:
         memories: What clients keep, by client.
         broadcasts: Those from which later rounds still train, by the round they were made in.
         adapter: The server's state, as files by name. None: as it is made from the seed.
+        final: The server's final model, after the last round, if there is one.
     """
 
     history: tuple[RoundRecord, ...]
     memories: Mapping[int, StoredBytes]
     broadcasts: Mapping[int, Broadcast]
     adapter: Mapping[str, bytes] | None
+    final: Final | None = None

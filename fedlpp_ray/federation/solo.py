@@ -180,6 +180,9 @@ class Solo:
 
     discard = aggregate
 
+    def finish(self) -> None:
+        """There is nothing but the one model."""
+
     def clipping(self) -> Clipping:
         """Nothing is clipped."""
         return UNCLIPPED

@@ -19,7 +19,7 @@ from fedlpp_ray.config import (
 from fedlpp_ray.federation.masks import Masks, fill
 from fedlpp_ray.messages import Codec, Envelope, decode
 from fedlpp_ray.privacy.dp import BELOW, CLIP
-from fedlpp_ray.quantization import Quantizer
+from fedlpp_ray.quantization import Guard, Quantizer
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import FACTOR_AXIS, VARIATE, Part, Schema, State, part
 
@@ -49,7 +49,8 @@ def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:
     if config.factors != "both":
         whole.add("B" if config.factors == "A" else "A")
     full_precision = frozenset(name for name in schema if part(name) in whole or name == CLIP)
-    return Codec(quantizer, full_precision, flags=flags)
+    guard = Guard(config.hysteresis, config.hold_scales, config.dither != "none", config.magnitude)
+    return Codec(quantizer, full_precision, flags=flags, guard=guard)
 
 
 def uplink_codec(config: UplinkConfig) -> Codec:

@@ -30,7 +30,15 @@ from fedlpp_ray.messages.checks import (
     check_tensors,
     read_header,
 )
-from fedlpp_ray.quantization import QuantizedTensor, Quantizer, pack, packed_bytes, unpack
+from fedlpp_ray.quantization import (
+    UNGUARDED,
+    Guard,
+    QuantizedTensor,
+    Quantizer,
+    pack,
+    packed_bytes,
+    unpack,
+)
 from fedlpp_ray.state import Schema, State, schema_digest, schema_of
 
 FORMAT_VERSION = 1
@@ -55,12 +63,14 @@ class Codec:
         full_precision: Names of tensors that are sent whole all the same.
         dtype: Of what is sent whole: fp32 or bf16, rounded to nearest.
         flags: Names of tensors of zeros and ones.
+        guard: How the sender chooses codes and scales; the receiver need not know it.
     """
 
     quantizer: Quantizer | None
     full_precision: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float32
     flags: frozenset[str] = frozenset()
+    guard: Guard = UNGUARDED
 
     def of(self, name: str) -> Quantizer | None:
         """The quantizer of one tensor, or None where it is sent whole."""
@@ -68,7 +78,11 @@ class Codec:
 
 
 def encode(
-    envelope: Envelope, state: State, codec: Codec, generator: torch.Generator | None = None
+    envelope: Envelope,
+    state: State,
+    codec: Codec,
+    generator: torch.Generator | None = None,
+    before: Mapping[str, QuantizedTensor] | None = None,
 ) -> bytes:
     """The message that carries `state`.
 
@@ -76,7 +90,8 @@ def encode(
         envelope: Kind, round, sender.
         state: fp32 tensors; not changed.
         codec: How they travel.
-        generator: Needed by stochastic rounding only.
+        generator: Needed by stochastic rounding and dither only.
+        before: What was sent last, by tensor, for a guard that remembers it. None: nothing was.
 
     Raises:
         MessageError: a tensor is not finite, or larger than its scales can be.
@@ -91,18 +106,25 @@ def encode(
         elif quantizer is None:
             parts[name] = tensor.to(codec.dtype).contiguous()
         else:
-            for part, values in _quantized(name, tensor, quantizer, generator).tensors().items():
+            last = (before or {}).get(name)
+            for part, values in _quantized(name, tensor, codec, generator, last).tensors().items():
                 parts[f"{name}:{part}"] = values
     return safetensors.torch.save(parts, {"fedlpp": _header(envelope, schema_of(state), codec)})
 
 
 def _quantized(
-    name: str, tensor: Tensor, quantizer: Quantizer, generator: torch.Generator | None
+    name: str,
+    tensor: Tensor,
+    codec: Codec,
+    generator: torch.Generator | None,
+    before: QuantizedTensor | None,
 ) -> QuantizedTensor:
+    quantizer = codec.of(name)
+    assert quantizer is not None
     if quantizer.rounding == "stochastic" and generator is None:
         return quantizer.quantize(tensor)  # says what it lacks
     try:
-        return quantizer.quantize(tensor, generator)
+        return codec.guard.quantize(quantizer, tensor, before, generator)
     except ValueError as error:  # for instance a scale beyond fp16
         raise MessageError(f"{name}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from fedlpp_ray.models.base import check_base, quantize_base
 from fedlpp_ray.models.bnb import BaseFormatError
+from fedlpp_ray.models.correction import Correction
 from fedlpp_ray.models.decoding import no_repeat
 from fedlpp_ray.models.emulator import (
     emulated_layers,
@@ -22,6 +23,7 @@ from fedlpp_ray.models.loading import (
 from fedlpp_ray.models.memory import (
     activation_bytes,
     cache_bytes,
+    correction_bytes,
     layer_bytes,
     logits_bytes,
     quantized_bytes,
@@ -38,6 +40,7 @@ __all__ = [
     "Base",
     "BaseFormatError",
     "BaseParts",
+    "Correction",
     "FrozenLinear",
     "LayersError",
     "PackedLinear",
@@ -46,6 +49,7 @@ __all__ = [
     "check_base",
     "check_text",
     "check_zero",
+    "correction_bytes",
     "emulated_layers",
     "emulator_bytes",
     "gathered",

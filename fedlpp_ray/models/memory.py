@@ -71,6 +71,22 @@ def unpacked_bytes(
     return FP32 * sum(x.weight.numel() for x in linears(model, modules_to_save).values())
 
 
+def correction_bytes(
+    model: nn.Module, rank: int, modules_to_save: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Bytes of a `Correction`: of R itself, and of the weights that hold it while it is applied.
+
+    Args:
+        model, modules_to_save: As `quantized_bytes`.
+        rank: k; 0: there is none.
+    """
+    if not rank:
+        return 0, 0
+    shapes = [layer.weight.shape for layer in linears(model, modules_to_save).values()]
+    kept = sum(min(rank, *shape) * sum(shape) for shape in shapes)
+    return FP32 * kept, FP32 * sum(shape.numel() for shape in shapes)
+
+
 def activation_bytes(model: nn.Module, rows: int, tokens: int) -> int:
     """Activations that one forward pass keeps for the backward pass of LoRA on a frozen base.
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedlpp_ray.state import State
 
-Base = Literal["client", "public"]
-"""The frozen model that a state is put into: a client's, or W0 in full precision."""
+Base = Literal["client", "public", "corrected"]
+"""The frozen model that a state is put into: a client's, W0 in full precision, or W0 with the
+server's correction towards a client's (`server.base_correction`)."""
 
 
 class ViewError(ValueError):
@@ -26,8 +27,8 @@ class Received:
         made: The round in which the server made it, from 1.
         client: Who read it.
         state: D, at the server's rank: factors, head and what else is trained.
-        cells: Of each tensor that was quantized by rounding to nearest, the lowest and highest
-            value that the server's can have had. Empty for what travels whole.
+        cells: Of each tensor that was quantized, the lowest and highest value that the server's can
+            have had, by one who knows its defences of the codes. Empty for what travels whole.
     """
 
     made: int

@@ -6,7 +6,7 @@ weight becomes the code of a level near w / c, and the codes are packed without 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,11 +16,15 @@ from torch import Tensor
 from fedlpp_ray.quantization.codebooks import Bits, Kind, check_codebook
 from fedlpp_ray.quantization.memory import empty
 from fedlpp_ray.quantization.packing import pack, packed_bytes, unpack
-from fedlpp_ray.quantization.rounding import Levels
+from fedlpp_ray.quantization.rounding import Levels, uniform
 from fedlpp_ray.quantization.scales import FORMATS, Scale, Spec
 
 Rounding = Literal["nearest", "stochastic"]
 """How a weight between two levels chooses one."""
+
+Choice = Callable[[Tensor, slice, slice], Tensor]
+"""From normalised weights s, ``(blocks, block)``, with the slices of weights and of blocks that
+they are, to their codes, ``(n,)`` or of the shape of s."""
 
 _CHUNK_CPU, _CHUNK_OTHER = 1 << 17, 1 << 24
 """Weights worked on at a time: on a CPU so many that the temporaries stay in a core's cache."""
@@ -77,10 +81,23 @@ class Quantizer:
         if self.rounding == "stochastic" and generator is None:
             raise ValueError("stochastic rounding needs a torch.Generator")
         weights = tensor.detach().reshape(-1)
-        stored = FORMATS[self.scale].encode(self._absmax(weights))
-        codes = self._codes(weights, FORMATS[self.scale].decode(stored), generator)
-        packed = pack(codes, self.levels(tensor.device).values.numel())
-        return QuantizedTensor(self, tuple(tensor.shape), tensor.dtype, {"codes": packed, **stored})
+        stored = FORMATS[self.scale].encode(self.absmax(weights))
+        scales, levels = FORMATS[self.scale].decode(stored), self.levels(weights.device)
+        draws = generator if self.rounding == "stochastic" else None
+
+        def choose(s: Tensor, _: slice, blocks: slice) -> Tensor:
+            if draws is None:
+                return levels.nearest(s.view(-1))
+            return levels.stochastic(s, uniform(s, scales[blocks], draws))
+
+        return self.packed(tensor, self.codes(weights, scales, choose), stored)
+
+    def packed(
+        self, tensor: Tensor, codes: Tensor, stored: Mapping[str, Tensor]
+    ) -> "QuantizedTensor":
+        """The codes ``(n,)`` and stored scales of a tensor as one."""
+        parts = {"codes": pack(codes, self.levels(tensor.device).values.numel()), **stored}
+        return QuantizedTensor(self, tuple(tensor.shape), tensor.dtype, parts)
 
     def parts(self, shape: Sequence[int]) -> dict[str, Spec]:
         """Return name -> (dtype, shape) of the tensors that store a tensor of ``shape``."""
@@ -106,7 +123,7 @@ class Quantizer:
         if numel % block:
             yield slice(whole * block, numel), slice(whole, whole + 1)
 
-    def _absmax(self, weights: Tensor) -> Tensor:
+    def absmax(self, weights: Tensor) -> Tensor:
         """The largest magnitude of every block, float32 ``(blocks,)``; refuses the not finite."""
         absmax = weights.new_empty(-(-weights.numel() // self.block), dtype=torch.float32)
         for run, blocks in self.runs(weights.numel(), weights.device):
@@ -116,8 +133,11 @@ class Quantizer:
             raise ValueError("the tensor holds NaN, infinite, or beyond float32 values")
         return absmax
 
-    def _codes(self, weights: Tensor, scales: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The code of every weight against its block's decoded scale: uint8 or int16 ``(n,)``."""
+    def codes(self, weights: Tensor, scales: Tensor, choose: Choice) -> Tensor:
+        """The codes ``(n,)``, uint8 or int16, that are chosen for s = w / c, clamped to [-1, 1].
+
+        ``scales`` are the blocks' decoded c, float32; s is 0 where c is 0.
+        """
         levels = self.levels(weights.device)
         codes = torch.empty_like(weights, dtype=levels.code_dtype)
         # 1 / c overflows for a subnormal c: lift such blocks first, exactly, by a power of two
@@ -130,14 +150,7 @@ class Quantizer:
             if lifted:
                 rows = rows * lift[blocks, None]
             s = (rows * inverse[blocks, None]).clamp_(-1, 1)
-            if generator is None or self.rounding == "nearest":
-                found = levels.nearest(s.view(-1))
-            else:
-                source = generator.device
-                draws = torch.rand(s.shape, generator=generator, dtype=s.dtype, device=source)
-                draws = draws.to(s.device).where(scales[blocks, None] > 0, 1.0)
-                found = levels.stochastic(s, draws).view(-1)
-            codes[run] = found
+            codes[run] = choose(s, run, blocks).view(-1)
         return codes
 
 
@@ -178,7 +191,7 @@ class QuantizedTensor:
         _check_layout(parts, quantizer.parts(shape))
         FORMATS[quantizer.scale].check(parts)
         tensor = cls(quantizer, tuple(shape), dtype, dict(parts))
-        codes, count = tensor._codes(), quantizer.levels().values.numel()
+        codes, count = tensor.codes(), quantizer.levels().values.numel()
         if codes.numel() and int(codes.max()) >= count:
             raise ValueError(f"part 'codes' holds a code outside the {count} levels")
         return tensor
@@ -203,8 +216,7 @@ class QuantizedTensor:
         The product is taken in float32 and rounded once to ``dtype``, a floating-point type; what
         exceeds its range becomes infinite.
         """
-        codes = self._codes()
-        scales = FORMATS[self.quantizer.scale].decode(self.parts)
+        codes, scales = self.codes(), self.scales()
         levels = self.quantizer.levels(codes.device)
         values = empty(self.numel, dtype or self.dtype, codes.device)
         for run, blocks in self.quantizer.runs(self.numel, codes.device):
@@ -224,17 +236,18 @@ class QuantizedTensor:
         """
         if self.quantizer.rounding != "nearest":
             raise ValueError("stochastic rounding has no cells")
-        levels = self.quantizer.levels(self.parts["codes"].device)
-        end = levels.values.new_ones(1)
-        low, high = torch.cat([-end, levels.midpoints]), torch.cat([levels.midpoints, end])
-        scales = FORMATS[self.quantizer.scale].decode(self.parts)
-        each = scales.repeat_interleave(self.quantizer.block)[: self.numel]
-        codes = self._codes().long()
+        low, high = self.quantizer.levels(self.parts["codes"].device).cells()
+        each = self.scales().repeat_interleave(self.quantizer.block)[: self.numel]
+        codes = self.codes().long()
         return (low[codes] * each).view(self.shape), (high[codes] * each).view(self.shape)
 
-    def _codes(self) -> Tensor:
+    def codes(self) -> Tensor:
         """The unpacked codes, ``(numel,)``."""
         return unpack(self.parts["codes"], self.quantizer.levels().values.numel(), self.numel)
+
+    def scales(self) -> Tensor:
+        """The decoded scale of every block, float32 ``(blocks,)``."""
+        return FORMATS[self.quantizer.scale].decode(self.parts)
 
 
 def _check_layout(parts: Mapping[str, Tensor], expected: Mapping[str, Spec]) -> None:

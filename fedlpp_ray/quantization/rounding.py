@@ -78,6 +78,46 @@ class Levels:
         start, end = self.values[lower], self.values[lower + 1]
         return lower + (draws < (s - start) / (end - start))
 
+    def sticky(self, s: Tensor, draws: Tensor | None, before: Tensor, margin: float) -> Tensor:
+        """Return codes that stay as they were while ``s`` is near their cell, int32.
+
+        The boundary between two levels is their midpoint, or where ``draws`` have it: at that part
+        of the gap. Code i is left for i + 1 only beyond the boundary by more than ``margin`` times
+        half the gap, and so downwards: with a margin of 1 and midpoints, where s passes the next
+        level itself. What is left is rounded anew.
+
+        Args:
+            s: normalised weights.
+            draws: in [0, 1], of its shape, as for `stochastic`; None rounds to nearest.
+            before: the codes as they were, of its shape.
+            margin: in half gaps, not negative.
+        """
+        found = self.nearest(s.view(-1)).view_as(s) if draws is None else self.stochastic(s, draws)
+        part, half = 0.5 if draws is None else draws, margin / 2
+        last = self.values.numel() - 1
+        start, gap = self.values, self.values.diff()
+        up, down = before.int().clamp(max=last - 1), before.int().sub(1).clamp(min=0)
+        left = (before < last) & (s > start[up] + (part + half) * gap[up])
+        left |= (before > 0) & (s < start[down] + (part - half) * gap[down])
+        return torch.where(left, found, before.int())
+
+    def cells(self, reach: float = 0.5) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest s of each code, ``(levels,)`` each, within [-1, 1].
+
+        ``reach`` is the part of the gap to the neighbouring level that a cell extends over: one
+        half with rounding to nearest. The outermost cells end at -1 and 1.
+        """
+        gap, end = self.values.diff(), self.values.new_ones(1)
+        low = self.midpoints if reach == 0.5 else self.values[1:] - reach * gap
+        high = self.midpoints if reach == 0.5 else self.values[:-1] + reach * gap
+        return torch.cat([-end, low]).clamp(-1, 1), torch.cat([high, end]).clamp(-1, 1)
+
+
+def uniform(s: Tensor, scales: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws in [0, 1) of the shape of ``s``, the same on every device; 1 in blocks of scale 0."""
+    draws = torch.rand(s.shape, generator=generator, dtype=s.dtype, device=generator.device)
+    return draws.to(s.device).where(scales[:, None] > 0, 1.0)
+
 
 def _pair_table(values: Tensor) -> Tensor:
     """From two adjacent uint8 codes, read as one int16, to their two levels as one int64.

@@ -43,6 +43,10 @@ class ScaleFormat(ABC):
         """Return the stored scales as float32, shape ``(blocks,)``."""
 
     @abstractmethod
+    def slack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return how far a scale may have been from what is stored, float32 ``(blocks,)``."""
+
+    @abstractmethod
     def check(self, parts: Mapping[str, Tensor]) -> None:
         """Raise ``ValueError`` unless the values (sizes are known to fit) can be decoded."""
 
@@ -67,6 +71,12 @@ class _Plain(ScaleFormat):
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["scales"].float()
+
+    def slack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        scales, info = self.decode(parts), torch.finfo(self.dtype)
+        if self.dtype == torch.float32:
+            return torch.zeros_like(scales)
+        return (scales * info.eps / 2 + info.smallest_normal * info.eps).where(scales > 0, 0.0)
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
         _check_finite_non_negative("scales", parts["scales"])
@@ -102,6 +112,12 @@ class _Double(ScaleFormat):
         low, high = ranges.unbind(1)
         scales = torch.minimum(low + (high - low) * ((codes.float() - 1) / 254), high)
         return scales.where(codes > 0, 0.0)
+
+    def slack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        low, high = parts["ranges"].unbind(1)
+        half = (high - low) / (2 * 254) + high * 2.0**-20  # half a step, and float32's own rounding
+        each = half.repeat_interleave(_GROUP)[: parts["scales"].numel()]
+        return each.where(parts["scales"] > 0, 0.0)
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
         _check_finite_non_negative("ranges", parts["ranges"])

@@ -19,6 +19,7 @@ from fedlpp_ray.federation.records import (
     Assignment,
     ClientReport,
     Evaluation,
+    Final,
     Floor,
     Measured,
     Memory,
@@ -203,6 +204,10 @@ class RayBackend:
     def discard(self, round: int) -> str:
         """Forget what was folded; returns the digest of the state."""
         return self.server.ask("discard", round)  # type: ignore[no-any-return]
+
+    def finish(self) -> Final | None:
+        """Make the server's final model, if the experiment has one."""
+        return self.server.ask("finish")  # type: ignore[no-any-return]
 
     def clipping(self) -> Clipping:
         """C in the round last closed, and the noised fraction of its clients within C, if any."""

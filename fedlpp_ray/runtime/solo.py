@@ -36,6 +36,7 @@ class SoloActor:
         self.encode_broadcast = partial(ask, "encode_broadcast")
         self.aggregate = partial(ask, "aggregate")
         self.discard = partial(ask, "discard")
+        self.finish = partial(ask, "finish")
         self.clipping = partial(ask, "clipping")
         self.measure_floor = partial(ask, "measure_floor")
         self.adapter = partial(ask, "adapter")

@@ -57,7 +57,8 @@ def _run(experiment: Experiment) -> None:
         for record in finished_rounds(federation):
             metrics, files = round_metrics(federation.history), {}
             if record.round == experiment.federation.rounds:
-                outcome = result(experiment, federation.history, backend.measure_floor())
+                floor = backend.measure_floor()
+                outcome = result(experiment, federation.history, floor, federation.final)
                 metrics |= final_metrics(outcome)
                 files[RESULT] = to_json(outcome)
             _report(metrics, federation, files)

@@ -21,6 +21,8 @@ DP_BELOW = "dp/below"
 """The noised fraction of clients whose update was within the adaptive clip."""
 _NOT_MEASURED = ("examples",)
 _PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_compute", "overhead")
+FINAL = "final"
+"""Prefix of the metrics of the server's final model."""
 _FLOORS = ("floor_base", "floor_local_only")
 _OF_ANY_TASK = (
     *(f"seconds/{phase}" for phase in (*_PHASES, "total", "simulated", "run")),
@@ -40,7 +42,12 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
     measures = MEASURES[experiment.task.kind]
     if experiment.generation.examples == 0:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
-    return (*_names((*models, *_FLOORS), measures), *_dp_names(experiment))
+    return (*_names((*models, *_finals(experiment), *_FLOORS), measures), *_dp_names(experiment))
+
+
+def _finals(experiment: Experiment) -> tuple[str, ...]:
+    made = experiment.method == "federated" and experiment.server.makes_final
+    return (FINAL,) if made and experiment.evaluation.server else ()
 
 
 def _dp_names(experiment: Experiment) -> tuple[str, ...]:
@@ -53,7 +60,8 @@ def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
     return (*(f"{model}/{m}" for model in models for m in (UTILITY, *measures)), *_OF_ANY_TASK)
 
 
-_ALL = {name for measures in MEASURES.values() for name in _names((*EVALUATED, *_FLOORS), measures)}
+_MODELS = (*EVALUATED, FINAL, *_FLOORS)
+_ALL = {name for measures in MEASURES.values() for name in _names(_MODELS, measures)}
 _ALL |= {*_DP, DP_BELOW}
 
 
@@ -87,12 +95,14 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
 def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     """What only a finished run has, from its result (`fedlpp_ray.federation.results`).
 
-    The floor, the strongest utility of a client (NaN without clients), protection, and the time of
-    all rounds.
+    The server's final model, if there is one, the floor, the strongest utility of a client (NaN
+    without clients), protection, and the time of all rounds.
     """
     protection = outcome[PROTECTION]
     strongest = protection["strongest"]
+    final = outcome.get(FINAL) or {}
     return {
+        **_prefixed(FINAL, final.get("server") or {}),
         **_prefixed("floor_base", outcome["floor"]["base"]),
         **_prefixed("floor_local_only", outcome["floor"]["local_only"]),
         "floor": protection["floor"][1],

@@ -54,7 +54,7 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
     if strongest is not None:
         found.append(f"strongest client model  {_shown(strongest[1])} ({strongest[0]})")
     if server is not None:
-        found.append(f"server {server:.3f}")
+        found.append(f"server {server:.3f}{_final_words(outcome)}")
     return [
         f"floor     base {_shown(floor['base'][UTILITY])}  "
         f"local-only {_shown(floor['local_only'][UTILITY])} (client {floor['client']}, "
@@ -63,6 +63,14 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
     ]
+
+
+def _final_words(outcome: Mapping[str, Any]) -> str:
+    """That the server's is a final model, and what the last broadcast was made of."""
+    last = outcome["history"][-1]["server"]
+    if not outcome.get("final") or last is None:
+        return ""
+    return f" (final model, never broadcast; after the last round {_shown(last[UTILITY])})"
 
 
 def _shown(value: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.checkpoint import ADAPTER, FINAL
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
 from fedlpp_ray.storage.runs import RESULT
@@ -107,10 +108,14 @@ class RunLog:
         self._tracker.close(self._run(), "FINISHED")
 
     def _log_files(self, checkpoint: Path) -> None:
-        """The adapter, and what repeats the run; what clients keep is not logged."""
+        """The adapter that the server ends with, and what repeats the run.
+
+        What clients keep is not logged.
+        """
+        adapter = FINAL if (checkpoint / FINAL).is_dir() else ADAPTER
         for path in checkpoint.iterdir():
-            if path.name == "adapter":
-                self._tracker.client.log_artifacts(self._run(), str(path), path.name)
+            if path.name == adapter:
+                self._tracker.client.log_artifacts(self._run(), str(path), ADAPTER)
             elif path.name in ("experiment.yaml", "history.json"):
                 self._tracker.client.log_artifact(self._run(), str(path))
 

@@ -59,6 +59,13 @@ KINDS: dict[str, dict[str, object]] = {
         "downlink.rotate": True,
         "downlink.every": 3,
     },
+    "codes and scales that stay": {
+        "downlink.bits": 2,
+        "downlink.hysteresis": 0.5,
+        "downlink.hold_scales": True,
+        "downlink.dither": "run",
+        "downlink.every": 2,
+    },
     "own B": {"server.aggregation": "fedsa-lora", "evaluation.server": False},
     "residuals": {"server.aggregation": "flora"},
     "a robust rule with momentum": {

@@ -142,6 +142,22 @@ def test_each_key_moves_its_own_term(tiny_experiment: Experiment) -> None:
     assert estimate(tiny_experiment, "server").training == 0
 
 
+def test_a_final_model_and_a_corrected_base_count_at_the_server(
+    tiny_experiment: Experiment,
+) -> None:
+    """A tiny BERT has 2 layers of 4 (64, 64), (128, 64) and (64, 128), and a pooler (64, 64)."""
+    quantized = tiny_experiment.with_values({"client.base_bits": 4})
+    before = estimate(quantized, "server")
+    corrected = estimate(quantized.with_values({"server.base_correction": 8}), "server")
+    assert corrected.weights - before.weights == 4 * 8 * (9 * 128 + 4 * 192)
+    assert corrected.evaluation - before.evaluation == 4 * (9 * 64 * 64 + 4 * 128 * 64)
+    averaged = estimate(quantized.with_values({"server.final_average": 2}), "server")
+    trained = before.trained // 5  # the state, and its four copies
+    assert averaged.trained - before.trained == 2 * trained
+    final = {"server.final_tune_steps": 1, "server.examples": 8}
+    assert estimate(quantized.with_values(final), "server").training > 0
+
+
 def _of_cohort(experiment: Experiment, cohort: int, method: str) -> int:
     values = {"clients": 1000, "client_fraction": None, "cohort": cohort}
     values = {f"federation.{key}": value for key, value in values.items()}

@@ -252,7 +252,8 @@ def test_a_result_is_complete_and_a_history_survives_json(tiny_experiment: Exper
     backend = InProcess(tiny_experiment)
     history = list(Federation(tiny_experiment, backend).run())
     outcome = result(tiny_experiment, history, backend.measure_floor())
-    assert set(outcome) == {"config", "history", "floor", "protection", "versions", "seed"}
+    known = {"config", "history", "final", "floor", "protection", "versions", "seed"}
+    assert set(outcome) == known
     assert set(outcome["history"][0]) >= {
         "round", "server", "client_before", "client_after", "bytes", "seconds"
     }  # fmt: skip

@@ -395,9 +395,10 @@ class Fragile:
         self._call("renew_server")
 
 
-CALLS = 17
+CALLS = 18
 """Two rounds of two clients: each with a broadcast, a training and its reports, its end, an
-evaluation and its result, the adapter; and the broadcast that the last evaluation reads."""
+evaluation and its result, the adapter; the final model; and the broadcast that the last evaluation
+reads."""
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +427,7 @@ def test_the_calls_of_a_run_are_those_counted_by_hand(
     fold = ["train", "report", "report", "aggregate"]
     measure = ["encode_broadcast", "evaluate", "evaluation", "adapter"]
     second = [*measure[:2], fold[0], *measure[2:], *fold[1:]]
-    assert backend.calls == ["encode_broadcast", *fold, *second, *measure]
+    assert backend.calls == ["encode_broadcast", *fold, *second, "finish", *measure]
     assert len(backend.calls) == CALLS
 
 

@@ -33,6 +33,8 @@ STATEFUL = {
     "uplink.error_feedback": True,
     "server.optimizer": "fedadam",
     "server.lr": 0.01,
+    "downlink.hysteresis": 0.5,
+    "downlink.hold_scales": True,
     "runtime.client_actors": 2,
     "runtime.start_timeout": 120.0,
 }

@@ -54,6 +54,13 @@ PRIVATE = {
     "dp.count_noise": 1.0,
     "server.weighting": "uniform",
 }
+FINISHED = {
+    "server.final_average": 2,
+    "server.final_tune_steps": 2,
+    "server.examples": 21,
+    "server.base_correction": 16,
+    "client.base_bits": 2,
+}
 Numbers = list[dict[str, object]]
 KINDS: dict[str, dict[str, object]] = {
     "default": {},
@@ -63,6 +70,7 @@ KINDS: dict[str, dict[str, object]] = {
     "emulator": EMULATED,
     "robust": ROBUST,
     "differential privacy": PRIVATE,
+    "final model": FINISHED,
 }
 
 
@@ -74,7 +82,9 @@ def expected(tiny_experiment: Experiment) -> Callable[[str], tuple[Numbers, Floo
     def run(kind: str) -> tuple[Numbers, Floor]:
         experiment = tiny_experiment.with_values(KINDS[kind])
         backend = InProcess(experiment)
-        return numbers(list(Federation(experiment, backend).run())), backend.measure_floor()
+        federation = Federation(experiment, backend)
+        list(federation.run())
+        return numbers_of(federation), backend.measure_floor()
 
     return run
 
@@ -96,7 +106,13 @@ def run(experiment: Experiment, actors: RayBackend) -> Numbers:
     assert actors.begin(own)
     federation = Federation(own, actors)
     list(federation.run())
-    return numbers(federation.history)
+    return numbers_of(federation)
+
+
+def numbers_of(federation: Federation) -> Numbers:
+    """Those of the final model too."""
+    final = [federation.final.to_dict()] if federation.final else []
+    return numbers(federation.history) + final
 
 
 @pytest.mark.parametrize("kind", KINDS)
