@@ -49,9 +49,13 @@ class DownlinkConfig(Section):
     rounding to few bits enlarges otherwise."""
     factors: Literal["both", "A", "B"] = "both"
     """Which factor is quantized; the other is sent in fp32."""
-    rotate: bool = False
-    """Send (B R, R^T A) with another random rotation R in every round: the same product, other
-    codes. The server turns the updates back."""
+    rotate: Literal["none", "round", "client"] = "none"
+    """Send (B R, R^T A) with a random rotation R: the same product, other codes. R is drawn in
+    every round, for all or for each client. The server turns the updates back."""
+    perturbation: NotNegative = 0.0
+    """Gaussian noise in each client's message, drawn for each client and round, of this size beside
+    the root mean square of each tensor. Over the clients that are sampled for a round, with the
+    server's weights, it sums to zero."""
     full_precision_head: bool = False
     """Send the classification head unquantized. That gives the head away: off by default."""
     every: Positive = 1
@@ -66,14 +70,24 @@ class DownlinkConfig(Section):
     each client and round, so that each has a message of its own. Scaled likewise."""
 
     @model_validator(mode="after")
-    def _masks_are_fresh(self) -> Self:
-        if self.every > 1 and self.client_mask:
+    def _own_messages_are_fresh(self) -> Self:
+        if self.every > 1 and self.individual:
             raise ValueError(
                 f"downlink.every = {self.every} keeps one broadcast in force for several rounds, "
-                "and downlink.client_mask gives every client another in every round; set "
-                "downlink.every=1 or downlink.client_mask=0"
+                f"and {self.individual} gives every client another in every round; set "
+                f"downlink.every=1, or do without {self.individual}"
             )
         return self
+
+    @property
+    def individual(self) -> str:
+        """What gives each client a message of its own, with its value; empty: nothing does."""
+        found = {
+            "downlink.rotate 'client'": self.rotate == "client",
+            f"downlink.perturbation = {self.perturbation:g}": self.perturbation > 0,
+            f"downlink.client_mask = {self.client_mask:g}": self.client_mask > 0,
+        }
+        return " and ".join(key for key, on in found.items() if on)
 
     def made_in(self, round: int) -> int:
         """The round that made the broadcast in force in a round; rounds count from 1."""

@@ -87,7 +87,7 @@ class Aggregator:
         self.own: State = {}
         """D at the server's own rank, in the newest round that a client started in; empty where
         each client has an edition of its own."""
-        if opening.cohort and not self._experiment.downlink.client_mask:
+        if opening.cohort and not self._experiment.downlink.individual:
             self.own = self._received(newest, self._experiment.lora.rank)
         config = self._experiment.server
         schema, clients = self._wire.trained(newest), max(1, len(opening.cohort))
@@ -216,8 +216,9 @@ class Aggregator:
         if self._private:
             exact = self._experiment.uplink.bits == FULL_PRECISION
             self._private.admit(state, self._opening.clip, exact=exact)
-        received = self._of(assignment)
-        state = self._wire.rotate(started, self._wire.masks.settle(state, received), back=True)
+        received, key = self._of(assignment), edition(self._experiment, client)
+        state = self._wire.masks.settle(state, received)
+        state = self._wire.rotate(started, key, state, back=True)
         if assignment.discount != 1:  # FedBuff: a late update is a shorter step
             state = {name: assignment.discount * tensor for name, tensor in state.items()}
         if self._private:
@@ -237,9 +238,9 @@ class Aggregator:
         if (made, key) in self._decoded:
             return self._decoded[made, key]
         state = self._wire.read(made, key, self._opening.broadcasts[made][key])
-        state = self._wire.rotate(made, state, back=True)
+        state = self._wire.rotate(made, key, state, back=True)
         state = self._opening.unsent | pad(state, self._experiment.lora.rank)
-        if not self._experiment.downlink.client_mask:
+        if not self._experiment.downlink.individual:
             self._decoded[made, key] = state
         return state
 

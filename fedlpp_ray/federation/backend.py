@@ -26,8 +26,16 @@ class Backend(Protocol):
     def download(self) -> int:
         """Bytes that a client downloads once, before its first round: an emulator of the model."""
 
-    def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
-        """The server's quantized state, made in a round, in the editions that clients read."""
+    def encode_broadcast(
+        self, round: int, clients: Sequence[int], beside: Sequence[int] = ()
+    ) -> Broadcast:
+        """The server's quantized state, made in a round, in the editions that clients read.
+
+        Args:
+            round: From 1.
+            clients: Who trains from it.
+            beside: Who only reads it, to be measured.
+        """
 
     def train(
         self,

@@ -52,7 +52,7 @@ def _check_adapter(experiment: Experiment) -> None:
     reasons = {
         "lora.modules_to_save is trained beside A and B": bool(experiment.lora.modules_to_save),
         "lora.client_ranks gives clients ranks": bool(experiment.lora.client_ranks),
-        "downlink.rotate turns A and B": experiment.downlink.rotate,
+        "downlink.rotate turns A and B": experiment.downlink.rotate != "none",
         "downlink.server_mask and client_mask hide columns of A": bool(
             experiment.downlink.server_mask or experiment.downlink.client_mask
         ),
@@ -121,15 +121,16 @@ def _check_method(experiment: Experiment) -> None:
     _check_variates(experiment, method)
     _check_stale(experiment, method)
     _check_masks(experiment, method)
+    _check_individual(experiment, method)
     _check_robust(experiment, method)
     _check_final(experiment, method)
     _check_correction(experiment, method)
-    if experiment.downlink.rotate and experiment.uplink.error_feedback:
+    if experiment.downlink.rotate != "none" and experiment.uplink.error_feedback:
         raise ConfigError(
             "uplink.error_feedback adds what an earlier round's rounding took, and downlink.rotate "
             "turns every round another way: use one of them"
         )
-    if experiment.downlink.rotate and not {"A", "B"} <= method.travels:
+    if experiment.downlink.rotate != "none" and not {"A", "B"} <= method.travels:
         raise ConfigError(
             f"downlink.rotate turns A and B together, and with server.aggregation '{name}' only "
             f"{' and '.join(sorted(method.travels - {'head'}))} travels"
@@ -151,7 +152,7 @@ def _check_variates(experiment: Experiment, method: Method) -> None:
         "lora.client_ranks gives clients other tensors than the server": bool(
             experiment.lora.client_ranks
         ),
-        "downlink.rotate turns every round another way": experiment.downlink.rotate,
+        "downlink.rotate turns every round another way": experiment.downlink.rotate != "none",
         "federation.local_epochs makes clients go different numbers of steps": bool(
             experiment.federation.local_epochs
         ),
@@ -161,6 +162,8 @@ def _check_variates(experiment: Experiment, method: Method) -> None:
         "theirs, so that their difference is no drift": experiment.downlink.every > 1,
         "downlink.server_mask and downlink.client_mask give clients other tensors than the "
         "server": _masks(experiment),
+        "downlink.perturbation has every client start elsewhere, and the difference of variates "
+        "would be that of the places": bool(experiment.downlink.perturbation),
     }
     _refuse("client.scaffold", reasons)
 
@@ -191,8 +194,8 @@ def _check_stale(experiment: Experiment, method: Method) -> None:
         reasons |= {
             "downlink.every above 1 leaves the last broadcast in force, and a client starts from "
             "the newest state": every > 1,
-            "downlink.client_mask gives every client a message of its own": bool(
-                experiment.downlink.client_mask
+            f"{experiment.downlink.individual} gives every client a message of its own": bool(
+                experiment.downlink.individual
             ),
             "client.scaffold moves the server's variate by a cohort that started together": (
                 experiment.client.scaffold
@@ -221,6 +224,29 @@ def _check_masks(experiment: Experiment, method: Method) -> None:
         ),
     }
     _refuse("downlink.server_mask, downlink.client_mask", reasons)
+
+
+def _check_individual(experiment: Experiment, method: Method) -> None:
+    """Refuse what needs one broadcast for all, where each client has a message of its own."""
+    key, federation = experiment.downlink.individual, experiment.federation
+    if not key:
+        return
+    name, rule = experiment.server.aggregation, experiment.server.rule
+    reasons = {
+        f"server.rule '{rule}' goes to the broadcast, and each client has another; allowed: "
+        "residual": rule != "residual",
+        f"server.aggregation '{name}' does not average the updates of factors, and what else it "
+        "reads is a broadcast that all share": method.refit is not keep or not method.averages,
+    }
+    _refuse(key, reasons)
+    if experiment.downlink.perturbation:
+        reasons = {
+            f"federation.sample_size = {federation.sample_size}: the noise of one client cancels "
+            "with nobody's; allowed: 2 and more": federation.sample_size < 2,
+            "downlink.client_mask leaves each client other columns, and what is to cancel does "
+            "not arrive": bool(experiment.downlink.client_mask),
+        }
+        _refuse(f"downlink.perturbation = {experiment.downlink.perturbation:g}", reasons)
 
 
 def _check_robust(experiment: Experiment, method: Method) -> None:

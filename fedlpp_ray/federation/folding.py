@@ -33,7 +33,7 @@ def folding_bytes(model: nn.Module, experiment: Experiment) -> int:
     config, clients = experiment.server, experiment.federation.updates
     wire = Wire(experiment, schema_of(state))
     update = wire.trained(1)
-    sent = {} if experiment.downlink.client_mask else state
+    sent = {} if experiment.downlink.individual else state
     plan = Plan(wire.method, update, sent, config.rule, config.lr, clients)
     products = plan.summed()
     kinds = ["mean"] * (wire.method.direction is None) + ["products"] * bool(products)

@@ -11,7 +11,9 @@ def refusals(config: DownlinkConfig) -> dict[str, dict[str, bool]]:
     whole = {"downlink.bits 32 has no codes": config.bits == FULL_PRECISION}
     turned = {
         "downlink.rotate turns every round another way, so that codes and scales of two rounds are "
-        "of different values": config.rotate,
+        "of different values": config.rotate != "none",
+        "downlink.perturbation adds other noise to each client's message in each round, so that "
+        "codes and scales of two rounds are of different values": bool(config.perturbation),
         "downlink.client_mask sends other columns to each client in each round, so that codes and "
         "scales of two rounds are of different values": bool(config.client_mask),
     }

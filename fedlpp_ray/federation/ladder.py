@@ -183,8 +183,12 @@ class Ladder:
     def _received(
         self, broadcasts: Mapping[int, Broadcast], readable: Mapping[int, frozenset[int]]
     ) -> Iterator[Received]:
-        """Of each round the message of the highest rank; of masks each, which has other columns."""
-        masked = self._experiment.downlink.client_mask
+        """Of each round the message of the highest rank; or each colluder's own, where it has one.
+
+        A client has one of its own of the rounds in which it was sampled or measured: whom the
+        server did not send one has none, also under `adversary.rounds: all`.
+        """
+        individual = self._experiment.downlink.individual
         before: dict[int, bytes] = {}
         for made, broadcast in sorted(broadcasts.items()):
             keys = {
@@ -193,7 +197,7 @@ class Ladder:
                 if made in readable[client]
             }
             read = sorted(keys.keys() & broadcast.keys())
-            for key in read if masked else read[-1:]:
+            for key in read if individual else read[-1:]:
                 yield self._read(made, keys[key], key, broadcast[key], before.get(key))
             before = {key: broadcast[key] for key in read}
 
@@ -203,15 +207,17 @@ class Ladder:
         """As a client reads it: what never travels is as the seed made it.
 
         The adversary knows the experiment, so that its cells are those of the defences of the
-        codes. `before` is the message made before, if one of the colluders could read it.
+        codes. Around S with noise (`downlink.perturbation`) they are no bounds of S: there are none.
+        `before` is the message made before, if one of the colluders could read it.
         """
         rank, lora = self._wire.rank(key), self._experiment.lora
+        noisy = self._experiment.downlink.perturbation > 0
         schema, codec = self._wire.broadcast(rank), self._wire.downlink
         state = pad(self._wire.read(made, key, payload), lora.rank)
         initial = self._bench.initial
         held = initial | {name: t for name, t in state.items() if name in initial}
         cells = {}
-        if codec.quantizer and rank == lora.rank:
+        if codec.quantizer and rank == lora.rank and not noisy:
             last = quantized(before, schema, codec) if before else {}
             cells = {
                 name: codec.guard.cells(tensor, last.get(name), first=made == 1)

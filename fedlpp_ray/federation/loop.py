@@ -125,9 +125,10 @@ class Federation:
         """Have the broadcast made from which clients that start in a round train, if one is due."""
         made = self.experiment.downlink.made_in(round)
         if made not in self._broadcasts:
-            readers = {*clients, self._strongest} if self._is_evaluated(round - 1) else clients
+            measured = {self._strongest} if self._is_evaluated(round - 1) else set()
+            beside = sorted(measured - set(clients))
             with clock("broadcast"):
-                self._broadcasts[made] = self.backend.encode_broadcast(made, sorted(readers))
+                self._broadcasts[made] = self.backend.encode_broadcast(made, clients, beside)
             self._keep(made, self._broadcasts[made])
 
     def _broadcast(self, started: int) -> Broadcast:

@@ -19,6 +19,7 @@ from fedlpp_ray.federation.aggregator import Aggregator, Opening
 from fedlpp_ray.federation.average import Average
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.last_sent import LastSent
+from fedlpp_ray.federation.perturbation import Perturbation
 from fedlpp_ray.federation.private import UNCLIPPED, Clipping, private
 from fedlpp_ray.federation.records import Assignment, Final
 from fedlpp_ray.federation.server_model import ServerModel
@@ -112,29 +113,45 @@ class Server:
         """One part of the base that clients receive, quantized (safetensors)."""
         return self._model.part(number)
 
-    def encode_broadcast(self, round: int, clients: Collection[int] = ()) -> Broadcast:
+    def encode_broadcast(
+        self, round: int, clients: Collection[int] = (), beside: Collection[int] = ()
+    ) -> Broadcast:
         """The quantized state D, made in this round, in every edition.
+
+        Where each client has a message of its own, these are the clients'.
 
         Args:
             round: From 1; one in which `downlink.every` has a broadcast made.
-            clients: Who reads it: with `downlink.client_mask`, each has an edition.
+            clients: Who trains from it.
+            beside: Who only reads it, to be measured: none of the others.
         """
-        return {key: self._encode(round, key) for key in self._wire.editions(clients)}
+        experiment, weights = self._experiment, {each: self._weight(each) for each in clients}
+        size = experiment.downlink.perturbation
+        perturbation = Perturbation(size, experiment.seed, round, self._state, weights)
+        return {
+            key: self._encode(round, key, perturbation.of(key))
+            for key in self._wire.editions(sorted({*clients, *beside}))
+        }
 
-    def _encode(self, round: int, edition: int) -> bytes:
+    def _encode(self, round: int, edition: int, state: State) -> bytes:
         own, rank = edition == self._experiment.lora.rank, self._wire.rank(edition)
         draw = ("dither",) if self._experiment.downlink.dither == "run" else ("broadcast", round)
         random = generator(self._experiment.seed, *draw, *(() if own else (edition,)))
-        held = self._state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
+        held = state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
         held[CLIP] = torch.tensor([self._clip])
         schema = self._wire.broadcast(rank)
         state = truncate({name: t for name, t in held.items() if name in schema}, rank)
         state = self._wire.masks.apply(state, self._wire.masks.draw(round, edition))
-        state = self._wire.rotate(round, state)
+        state = self._wire.rotate(round, edition, state)
         envelope, before = self._wire.envelope(round, edition), self._last_sent.before(edition)
         payload = encode(envelope, state, self._wire.downlink, random, before)
         self._last_sent.add(edition, payload)
         return payload
+
+    def _weight(self, client: int) -> int:
+        """Of a client in the mean."""
+        by_examples = self._experiment.server.weighting == "examples"
+        return self._text.examples[client] if by_examples else 1
 
     def opening(
         self, round: int, cohort: Sequence[Assignment], broadcasts: Mapping[int, Broadcast]
@@ -223,7 +240,7 @@ class Server:
         aggregator = self._open(round)
         total = aggregator.total
         # Where each client has an edition of its own there is no other, and the rule needs none.
-        own = self._state if self._experiment.downlink.client_mask else aggregator.own
+        own = self._state if self._experiment.downlink.individual else aggregator.own
         if total.clients and self._private:
             self._state = self._next_private(round, total, own)
         elif total.clients:

@@ -151,7 +151,9 @@ class Solo:
         """Nothing travels."""
         return 0
 
-    def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
+    def encode_broadcast(
+        self, round: int, clients: Sequence[int], beside: Sequence[int] = ()
+    ) -> Broadcast:
         """Nothing travels."""
         return {edition(self._experiment, self._text.strongest): b""}
 

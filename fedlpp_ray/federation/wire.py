@@ -27,13 +27,13 @@ BF16 = 16
 """The value of `uplink.bits` that means bf16."""
 
 Broadcast = Mapping[int, bytes]
-"""The messages of one broadcast by edition: one for each rank that a client has, or, with
-`downlink.client_mask`, one for each client that reads it."""
+"""The messages of one broadcast by edition: one for each rank that a client has, or, where each has
+a message of its own (`DownlinkConfig.individual`), one for each client that reads it."""
 
 
 def edition(experiment: Experiment, client: int) -> int:
     """The key of the message that a client reads."""
-    return client if experiment.downlink.client_mask else experiment.lora.rank_of(client)
+    return client if experiment.downlink.individual else experiment.lora.rank_of(client)
 
 
 def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:
@@ -105,20 +105,20 @@ class Wire:
 
     def editions(self, clients: Collection[int]) -> Collection[int]:
         """The messages that a broadcast needs: of every rank, the server's too, or of `clients`."""
-        if self._experiment.downlink.client_mask:
+        if self._experiment.downlink.individual:
             return clients
         return sorted({self._experiment.lora.rank, *(self._experiment.lora.client_ranks or ())})
 
     def rank(self, edition: int) -> int:
         """The rank of those who read an edition."""
         lora = self._experiment.lora
-        return lora.rank_of(edition) if self._experiment.downlink.client_mask else edition
+        return lora.rank_of(edition) if self._experiment.downlink.individual else edition
 
     def envelope(self, round: int, edition: int) -> Envelope:
         """Of the broadcast in force in a round: when it was made, and for whom if for one alone."""
         down = self._experiment.downlink
         made = Envelope("broadcast", down.made_in(round))
-        return replace(made, client=edition) if down.client_mask else made
+        return replace(made, client=edition) if down.individual else made
 
     def broadcast(self, rank: int) -> Schema:
         """Names and shapes of the broadcast for clients of a rank."""
@@ -152,12 +152,13 @@ class Wire:
         parts = self.method.trained(round) & self.method.travels
         return {**self._select(parts, self._experiment.lora.rank), **self.counted}
 
-    def rotate(self, round: int, state: State, *, back: bool = False) -> State:
-        """A state in the gauge of the broadcast in force, or an update back in the server's."""
+    def rotate(self, round: int, edition: int, state: State, *, back: bool = False) -> State:
+        """A state in the gauge of an edition in force, or an update back in the server's."""
         down = self._experiment.downlink
-        if not down.rotate:
+        if down.rotate == "none":
             return state
-        random = generator(self._experiment.seed, "rotation", down.made_in(round))
+        own = (edition,) if down.rotate == "client" else ()
+        random = generator(self._experiment.seed, "rotation", down.made_in(round), *own)
         return rotate(state, random, back=back)
 
     def _select(self, parts: frozenset[Part], rank: int) -> dict[str, tuple[int, ...]]:

@@ -166,9 +166,12 @@ class RayBackend:
         """Bytes of the emulator; 0 without one."""
         return self.server.constant("download")  # type: ignore[no-any-return]
 
-    def encode_broadcast(self, round: int, clients: Sequence[int]) -> Broadcast:
+    def encode_broadcast(
+        self, round: int, clients: Sequence[int], beside: Sequence[int] = ()
+    ) -> Broadcast:
         """The server's quantized state, made in a round, in the editions that clients read."""
-        return self.server.ask("encode_broadcast", round, clients)  # type: ignore[no-any-return]
+        made = self.server.ask("encode_broadcast", round, clients, beside)
+        return made  # type: ignore[no-any-return]
 
     def train(
         self,
@@ -294,7 +297,7 @@ class RayBackend:
 
     def _for_client(self, client: int, made: int, broadcast: Broadcast) -> Any:
         """All editions, which clients share; or, where each has its own, that of one client."""
-        if not self._experiment.downlink.client_mask:
+        if not self._experiment.downlink.individual:
             return self._stored(made, broadcast)
         key = edition(self._experiment, client)
         return {key: broadcast[key]}

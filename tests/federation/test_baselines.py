@@ -272,7 +272,7 @@ def test_no_client_has_the_servers_examples(deep: Experiment) -> None:
         (FEDSP | {"server.aggregation": "rolora", "federation.rounds": 1}, "'rolora' is made of"),
         (OFFSITE | {"server.aggregation": "rolora"}, "'rolora' is made of LoRA's factors"),
         (FEDSP | {"lora.client_ranks": [2, 4]}, r"lora.client_ranks .* adapter.kind 'prompt'"),
-        (FEDSP | {"downlink.rotate": True}, r"downlink.rotate .* adapter.kind 'prompt'"),
+        (FEDSP | {"downlink.rotate": "round"}, r"downlink.rotate .* adapter.kind 'prompt'"),
         (OFFSITE | {"downlink.factors": "A"}, r"downlink.factors 'A' .* adapter.kind 'layers'"),
         (OFFSITE | {"emulator.kind": "shared-layer"}, r"'layers' with .* 'shared-layer'"),
         (OFFSITE | {"adapter.kind": "lora"}, r"adapter.kind 'lora' with .* 'layer-drop'"),

@@ -56,7 +56,7 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "momentum in a gauge that turns": {
         "server.optimizer": "fedavgm",
-        "downlink.rotate": True,
+        "downlink.rotate": "round",
         "downlink.every": 3,
     },
     "codes and scales that stay": {

@@ -112,7 +112,7 @@ def test_a_lasting_broadcast_keeps_its_gauge(tiny_experiment: Experiment) -> Non
     values = {"client.optimizer": "sgd", "client.lr": 0.3, "downlink.bits": 32}
     plain = tiny_experiment.with_values(values | {"client.weight_decay": 0.0, "downlink.every": 2})
     for one, other in zip(
-        run(plain), run(plain.with_values({"downlink.rotate": True})), strict=True
+        run(plain), run(plain.with_values({"downlink.rotate": "round"})), strict=True
     ):
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
 
@@ -305,7 +305,7 @@ def test_masks_go_with_rotation_other_methods_and_an_interruption(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
     for name, values in {
-        "fedit": {"downlink.rotate": True, "downlink.rounding": "stochastic"},
+        "fedit": {"downlink.rotate": "round", "downlink.rounding": "stochastic"},
         "rolora": {"server.optimizer": "fedavgm", "uplink.bits": 4},
         "fedsa-lora": {"evaluation.server": False},
     }.items():

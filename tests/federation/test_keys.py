@@ -64,7 +64,7 @@ def digest(experiment: Experiment) -> str:
         ("client.group_by_length", True),
         ("client.compute", "bf16"),
         ("downlink.factors", "B"),
-        ("downlink.rotate", True),
+        ("downlink.rotate", "round"),
         ("downlink.server_mask", 0.1),
         ("downlink.client_mask", 0.1),
         ("uplink.bits", 4),

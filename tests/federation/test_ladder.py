@@ -173,7 +173,7 @@ def test_colluders_validate_on_examples_of_their_own_that_they_do_not_train_on(r
 @pytest.mark.parametrize(
     "values",
     [
-        {"downlink.rotate": True},
+        {"downlink.rotate": "round"},
         {"downlink.rounding": "stochastic"},
         {"downlink.bits": 32, "client.base_bits": 32},
         {"lora.client_ranks": [2, 4], "server.aggregation": "hetlora"},

@@ -108,7 +108,7 @@ def test_rotation_changes_the_codes_and_without_quantization_nothing_else(
     """SGD is indifferent to the gauge; the tolerance is fp32's through two rounds."""
     values = {"client.optimizer": "sgd", "client.lr": 0.3, "federation.rounds": 2}
     plain = tiny_experiment.with_values(values | {"downlink.bits": 32, "client.weight_decay": 0.0})
-    rotated = plain.with_values({"downlink.rotate": True})
+    rotated = plain.with_values({"downlink.rotate": "round"})
     histories = [run(plain), run(rotated)]
     for one, other in zip(*histories, strict=True):
         assert one.evaluation is not None
@@ -140,7 +140,7 @@ def test_a_rotated_run_ends_at_the_products_of_a_plain_one(
         values | {"downlink.bits": 32, "downlink.every": every, "evaluation.every": 3}
     )
     states = []
-    for experiment in (plain, plain.with_values({"downlink.rotate": True})):
+    for experiment in (plain, plain.with_values({"downlink.rotate": "round"})):
         backend = InProcess(experiment)
         list(Federation(experiment, backend).run())
         states.append(backend._server._state)
@@ -153,16 +153,16 @@ def test_a_rotated_run_ends_at_the_products_of_a_plain_one(
     ("values", "words"),
     [
         (
-            {"downlink.rotate": True, "server.aggregation": "ffa-lora"},
+            {"downlink.rotate": "round", "server.aggregation": "ffa-lora"},
             r"rotate turns A and B together.*'ffa-lora' only B travels",
         ),
         (
-            {"downlink.rotate": True, "uplink.error_feedback": True, "uplink.bits": 4},
+            {"downlink.rotate": "round", "uplink.error_feedback": True, "uplink.bits": 4},
             r"error_feedback adds what.*rotate turns every round another way",
         ),
         (SCAFFOLD | {"server.aggregation": "flexlora"}, r"scaffold: .*'flexlora' does not average"),
         (SCAFFOLD | {"lora.client_ranks": [2, 4], "server.aggregation": "hetlora"}, "scaffold"),
-        (SCAFFOLD | {"downlink.rotate": True}, r"scaffold: downlink.rotate turns"),
+        (SCAFFOLD | {"downlink.rotate": "round"}, r"scaffold: downlink.rotate turns"),
         (SCAFFOLD | {"federation.sampling": "examples"}, r"scaffold: federation.sampling"),
         (
             {"server.optimizer": "fedadam", "server.aggregation": "flexlora"},

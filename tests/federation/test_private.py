@@ -355,7 +355,7 @@ def test_privacy_goes_with_turning_rounding_and_every_optimiser(
     tiny_experiment: Experiment,
 ) -> None:
     """And what the server adds is not past the clip after it has turned it back."""
-    values = {"downlink.rotate": True, "uplink.bits": 4, "server.optimizer": "fedadam"}
+    values = {"downlink.rotate": "round", "uplink.bits": 4, "server.optimizer": "fedadam"}
     experiment = tiny_experiment.with_values(
         ADAPTIVE | values | {"server.lr": 0.01, "server.aggregation": "rolora"}
     )

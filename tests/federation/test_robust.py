@@ -295,7 +295,7 @@ def test_the_fewest_updates_are_enough(
     "values",
     [
         {"downlink.server_mask": 0.2},
-        {"downlink.rotate": True, "downlink.every": 2},
+        {"downlink.rotate": "round", "downlink.every": 2},
         {"uplink.bits": 4, "uplink.error_feedback": True},
         {"adapter.kind": "prompt", "adapter.tokens": 4},
         {"server.aggregation": "ffa-lora"},

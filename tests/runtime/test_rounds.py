@@ -30,7 +30,7 @@ STATEFUL = {
 }
 
 
-LASTING = {"downlink.every": 3, "downlink.rotate": True, "federation.rounds": 4}
+LASTING = {"downlink.every": 3, "downlink.rotate": "round", "federation.rounds": 4}
 MASKED = {"downlink.server_mask": 0.2, "downlink.client_mask": 0.3, "downlink.bits": 4}
 EMULATED = {
     "adapter.kind": "prompt",

@@ -1,6 +1,6 @@
 """The attack ladder: each attack makes the state of a model of what an adversary has."""
 
-from fedlpp_ray.privacy.attacks import single, means, trend, interval, crossings, trained  # noqa: I001  the order of the ladder
+from fedlpp_ray.privacy.attacks import single, means, trend, interval, crossings, aligned, trained  # noqa: I001  the order of the ladder
 from fedlpp_ray.privacy.attacks.base import ATTACKS, Attack, Known, Level, find_attacks
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Attack",
     "Known",
     "Level",
+    "aligned",
     "crossings",
     "find_attacks",
     "interval",

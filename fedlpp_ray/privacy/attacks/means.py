@@ -43,9 +43,9 @@ def recent_products(view: View) -> State:
 
 
 def recent(view: View) -> list[float]:
-    """Weights 2^(-age / HALVING); the newest broadcast has age 0."""
-    count = len(view.received)
-    return [2.0 ** (-(count - 1 - number) / HALVING) for number in range(count)]
+    """Weights 2^(-age / HALVING); the newest broadcast has age 0, all its editions have."""
+    made = sorted({each.made for each in view.received}, reverse=True)
+    return [2.0 ** (-made.index(each.made) / HALVING) for each in view.received]
 
 
 def average(view: View, weights: list[float]) -> State:

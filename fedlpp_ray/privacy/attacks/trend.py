@@ -19,10 +19,11 @@ def trend(view: View) -> State:
     negative. Of fewer than three broadcasts it is the newest.
     """
     times = [float(each.made) for each in view.received]
-    used = times[-WINDOW:]
+    first = sorted(set(times))[-WINDOW:][0]
+    used = [t for t in times if t >= first]
     centre = sum(used) / len(used)
     spread = sum((t - centre) ** 2 for t in used)
-    if len(used) < 3 or not spread:
+    if len(set(used)) < 3:
         return view.last.state
     weights = [1 / len(used) + (used[-1] - centre) * (t - centre) / spread for t in used]
     return average(view, [0.0] * (len(times) - len(used)) + weights)
