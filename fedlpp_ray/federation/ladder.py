@@ -207,7 +207,7 @@ class Ladder:
         """As a client reads it: what never travels is as the seed made it.
 
         The adversary knows the experiment, so that its cells are those of the defences of the
-        codes. Around S with noise (`downlink.perturbation`) they are no bounds of S: there are none.
+        codes; with `downlink.perturbation` they would bound S and its noise, so there are none.
         `before` is the message made before, if one of the colluders could read it.
         """
         rank, lora = self._wire.rank(key), self._experiment.lora

@@ -4,13 +4,14 @@
 
 tensor by tensor, with w_i the server's weights, of sum 1, over the k clients sampled for a round.
 So sum_i w_i E_i = 0, whatever the weights. An entry of Z_i - sum_j w_j Z_j has the variance
-1 - 2 w_i + sum_j w_j^2, and over the clients 1 - 2/k + sum_j w_j^2 on average; c^2 is one over that:
-the mean of E_i^2 over the clients is (s rms(S))^2, and with equal weights each one's is.
+1 - 2 w_i + sum_j w_j^2, over the clients 1 - 2/k + sum_j w_j^2 on average; c^2 is one over that, so
+that the mean of E_i^2 over the clients is (s rms(S))^2, and with equal weights each one's is.
 
 The server adds eta sum_i w_i (a_i - D_i), differences to what was sent. So E_i itself never comes
 into S, whoever drops out. It moves the point at which a client's update u_i starts:
 
-    u_i(S + E_i) = u_i(S) + J_i E_i + O(s^2),  sum_i w_i J_i E_i = sum_i w_i (J_i - J) E_i  for any J
+    u_i(S + E_i) = u_i(S) + J_i E_i + O(s^2)
+    sum_i w_i J_i E_i = sum_i w_i (J_i - J) E_i  for any J
 
 What is left to first order is by how much clients differ. If some drop out, J times the weighted
 sum of the others' E_i is left as well; it is not corrected.

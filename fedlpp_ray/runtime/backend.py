@@ -170,8 +170,8 @@ class RayBackend:
         self, round: int, clients: Sequence[int], beside: Sequence[int] = ()
     ) -> Broadcast:
         """The server's quantized state, made in a round, in the editions that clients read."""
-        made = self.server.ask("encode_broadcast", round, clients, beside)
-        return made  # type: ignore[no-any-return]
+        ask = self.server.ask
+        return ask("encode_broadcast", round, clients, beside)  # type: ignore[no-any-return]
 
     def train(
         self,

@@ -52,7 +52,7 @@ def refusal(values: dict[str, object]) -> str:
         ({"downlink.server_mask": 1.0}, ["downlink.server_mask", "less than 1"]),
         (
             {"downlink.every": 2, "downlink.client_mask": 0.1},
-            ["downlink.every = 2", "every round", "downlink.every=1 or downlink.client_mask=0"],
+            ["downlink.every = 2", "every round", "do without downlink.client_mask = 0.1"],
         ),
         ({"client.base_bits": "ternary"}, ["client.base_bits", "allowed: 2, 3"]),
         ({"client.lr": float("nan")}, ["client.lr", "finite"]),

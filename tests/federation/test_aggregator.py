@@ -57,6 +57,7 @@ VALUES = {
     "fedit": {"federation.partition": "dirichlet"},
     "masks": {"downlink.client_mask": 0.5, "downlink.server_mask": 0.25},
     "rotated": {"downlink.rotate": "round", "uplink.bits": 4},
+    "rotated and noised for each": {"downlink.rotate": "client", "downlink.perturbation": 0.5},
     "hetlora": {"server.aggregation": "hetlora", "lora.client_ranks": [1, 4]},
     "flexlora": {"server.aggregation": "flexlora", "lora.client_ranks": [1, 4]},
     "flora": {"server.aggregation": "flora", "server.weighting": "uniform"},

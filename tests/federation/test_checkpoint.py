@@ -59,6 +59,12 @@ KINDS: dict[str, dict[str, object]] = {
         "downlink.rotate": "round",
         "downlink.every": 3,
     },
+    "a message for each client": {
+        "server.optimizer": "fedavgm",
+        "downlink.rotate": "client",
+        "downlink.perturbation": 0.5,
+        "downlink.rounding": "stochastic",
+    },
     "codes and scales that stay": {
         "downlink.bits": 2,
         "downlink.hysteresis": 0.5,

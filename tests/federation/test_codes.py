@@ -32,9 +32,9 @@ class Watched(InProcess):
         self.sent: dict[int, Broadcast] = {}
         encode = self._server.encode_broadcast
 
-        def watched(round: int, clients: Collection[int] = ()) -> Broadcast:
+        def watched(round: int, *readers: Collection[int]) -> Broadcast:
             self.states[round] = dict(self._server._state)
-            self.sent[round] = encode(round, clients)
+            self.sent[round] = encode(round, *readers)
             return self.sent[round]
 
         self.encode_broadcast = watched
@@ -170,15 +170,16 @@ def test_defences_go_with_a_mask_that_stays_and_scaffold(tiny_experiment: Experi
         ({"downlink.hold_scales": True, "downlink.bits": "full"}, r"hold_scales: downlink.bits 32"),
         ({"downlink.dither": "run", "downlink.bits": 32}, r"dither 'run': downlink.bits 32"),
         ({"downlink.magnitude": "norm", "downlink.bits": 32}, r"'norm': downlink.bits 32"),
-        (
-            {"downlink.hysteresis": 1, "downlink.rotate": "round"},
-            r"hysteresis = 1: downlink.rotate",
-        ),
+        ({"downlink.hysteresis": 1, "downlink.rotate": "round"}, r"= 1: downlink.rotate"),
         ({"downlink.hold_scales": True, "downlink.rotate": "round"}, r"scales: downlink.rotate"),
         ({"downlink.dither": "run", "downlink.rotate": "round"}, r"'run': downlink.rotate"),
         ({"downlink.hysteresis": 1, "downlink.client_mask": 0.1}, r"= 1: downlink.client_mask"),
         ({"downlink.hold_scales": True, "downlink.client_mask": 0.1}, r"s: downlink.client_mask"),
         ({"downlink.dither": "run", "downlink.client_mask": 0.1}, r"'run': downlink.client_mask"),
+        ({"downlink.hysteresis": 1, "downlink.rotate": "client"}, r"= 1: downlink.rotate"),
+        ({"downlink.hysteresis": 1, "downlink.perturbation": 1}, r"= 1: downlink.perturbation"),
+        ({"downlink.hold_scales": True, "downlink.perturbation": 1}, r"s: downlink.perturbation"),
+        ({"downlink.dither": "run", "downlink.perturbation": 1}, r"'run': downlink.perturbation"),
         (
             {"downlink.hysteresis": 1, "downlink.rounding": "stochastic"},
             r"downlink.rounding 'stochastic' moves the end.*allowed: nearest",

@@ -21,6 +21,8 @@ from tests.federation.test_links import SCAFFOLD
 from tests.federation.test_loop import Recording, cohort, interrupted, numbers, run, tensor_bytes
 
 MASKS = {"downlink.server_mask": 0.25, "downlink.client_mask": 0.5}
+FEDBUFF = {"federation.mode": "fedbuff"}
+ONE = {"federation.cohort": 1, "federation.client_fraction": None}
 """Of 64 columns, 48 are left by the server and 24 of them by a client."""
 
 
@@ -126,6 +128,18 @@ def test_a_lasting_broadcast_keeps_its_gauge(tiny_experiment: Experiment) -> Non
         ({"downlink.every": 2, "server.aggregation": "hetlora"}, r"every = 2: .*'hetlora' does"),
         ({"downlink.every": 2, "server.aggregation": "rolora"}, r"'rolora' trains other parts"),
         (SCAFFOLD | {"downlink.server_mask": 0.1}, r"scaffold: downlink.server_mask and"),
+        (
+            {"downlink.rotate": "client", "server.rule": "pull"},
+            r"'client': server.rule 'pull'.*resid",
+        ),
+        ({"downlink.perturbation": 1, "server.rule": "replace"}, r"= 1: server.rule 'replace'"),
+        ({"downlink.rotate": "client", "server.aggregation": "flora"}, r"'client': .*'flora' does"),
+        ({"downlink.perturbation": 1, "server.aggregation": "hetlora"}, r"= 1: .*'hetlora' does"),
+        (MASKS | {"downlink.perturbation": 1}, r"= 1: downlink.client_mask leaves each client oth"),
+        ({"downlink.perturbation": 1} | ONE, r"= 1: federation.sample_size = 1.*allowed: 2 and"),
+        (SCAFFOLD | {"downlink.perturbation": 1}, r"scaffold: downlink.perturbation has"),
+        (FEDBUFF | {"downlink.rotate": "client"}, r"fedbuff': downlink.rotate 'client' gives"),
+        (FEDBUFF | {"downlink.perturbation": 1}, r"fedbuff': downlink.perturbation = 1 gives"),
         (MASKS | {"server.rule": "pull"}, r"client_mask: server.rule 'pull'.*allowed: residual"),
         (MASKS | {"server.rule": "replace"}, r"client_mask: server.rule 'replace'"),
         (MASKS | {"server.aggregation": "flexlora"}, r"'flexlora' does not average the updates"),

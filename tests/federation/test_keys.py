@@ -65,6 +65,8 @@ def digest(experiment: Experiment) -> str:
         ("client.compute", "bf16"),
         ("downlink.factors", "B"),
         ("downlink.rotate", "round"),
+        ("downlink.rotate", "client"),
+        ("downlink.perturbation", 0.5),
         ("downlink.server_mask", 0.1),
         ("downlink.client_mask", 0.1),
         ("uplink.bits", 4),

@@ -174,6 +174,7 @@ def test_colluders_validate_on_examples_of_their_own_that_they_do_not_train_on(r
     "values",
     [
         {"downlink.rotate": "round"},
+        {"downlink.rotate": "client", "downlink.perturbation": 0.5},
         {"downlink.rounding": "stochastic"},
         {"downlink.bits": 32, "client.base_bits": 32},
         {"lora.client_ranks": [2, 4], "server.aggregation": "hetlora"},

@@ -129,18 +129,18 @@ def test_rotation_changes_the_codes_and_without_quantization_nothing_else(
     torch.testing.assert_close(gram[0], gram[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("every", "how"), [(1, "round"), (2, "round"), (1, "client")])
 def test_a_rotated_run_ends_at_the_products_of_a_plain_one(
-    tiny_experiment: Experiment, every: int
+    tiny_experiment: Experiment, every: int, how: str
 ) -> None:
-    """So the server turns each update back, by the rotation of the broadcast in force. In fp32 the
+    """So the server turns each update back, by the rotation of the message in force. In fp32 the
     two differ by some 3e-7; the tolerance is 1e-4."""
     values = {"client.optimizer": "sgd", "client.lr": 0.3, "client.weight_decay": 0.0}
     plain = tiny_experiment.with_values(
         values | {"downlink.bits": 32, "downlink.every": every, "evaluation.every": 3}
     )
     states = []
-    for experiment in (plain, plain.with_values({"downlink.rotate": "round"})):
+    for experiment in (plain, plain.with_values({"downlink.rotate": how})):
         backend = InProcess(experiment)
         list(Federation(experiment, backend).run())
         states.append(backend._server._state)

@@ -296,6 +296,7 @@ def test_the_fewest_updates_are_enough(
     [
         {"downlink.server_mask": 0.2},
         {"downlink.rotate": "round", "downlink.every": 2},
+        {"downlink.rotate": "client", "downlink.perturbation": 0.5},
         {"uplink.bits": 4, "uplink.error_feedback": True},
         {"adapter.kind": "prompt", "adapter.tokens": 4},
         {"server.aggregation": "ffa-lora"},

@@ -216,8 +216,8 @@ class Keeping(InProcess):
         super().__init__(experiment)
         self.made: dict[int, Broadcast] = {}
 
-        def encode(round: int, clients: Sequence[int]) -> Broadcast:
-            self.made[round] = self._server.encode_broadcast(round, clients)
+        def encode(round: int, *readers: Sequence[int]) -> Broadcast:
+            self.made[round] = self._server.encode_broadcast(round, *readers)
             return self.made[round]
 
         self.encode_broadcast = encode

@@ -32,6 +32,7 @@ STATEFUL = {
 
 LASTING = {"downlink.every": 3, "downlink.rotate": "round", "federation.rounds": 4}
 MASKED = {"downlink.server_mask": 0.2, "downlink.client_mask": 0.3, "downlink.bits": 4}
+OWN = {"downlink.rotate": "client", "downlink.perturbation": 0.5}
 EMULATED = {
     "adapter.kind": "prompt",
     "adapter.tokens": 4,
@@ -67,6 +68,7 @@ KINDS: dict[str, dict[str, object]] = {
     "ranks and memories": STATEFUL,
     "broadcasts that last": LASTING,
     "masks": MASKED,
+    "own messages": OWN,
     "emulator": EMULATED,
     "robust": ROBUST,
     "differential privacy": PRIVATE,
