@@ -54,7 +54,7 @@ def test_noise_cancels_with_the_servers_weights_and_has_the_size_asked_for(
     tiny_experiment: Experiment, weighting: str
 ) -> None:
     """Sizes are of 48000 draws: 2 % are six standard errors. The rest is fp32's."""
-    values = {"federation.partition": "dirichlet", "federation.alpha": 0.5}
+    values = {"federation.partition": "dirichlet", "federation.dirichlet_alpha": 0.5}
     experiment = tiny_experiment.with_values(NOISE | values | {"server.weighting": weighting})
     server, cohort = moved(experiment), [0, 2, 3, 7]
     counts = [server.examples()[client] for client in cohort]
