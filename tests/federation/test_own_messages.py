@@ -53,7 +53,8 @@ def test_each_client_has_the_same_model_in_a_gauge_of_its_own(tiny_experiment: E
 def test_noise_cancels_with_the_servers_weights_and_has_the_size_asked_for(
     tiny_experiment: Experiment, weighting: str
 ) -> None:
-    """Sizes are of 48000 draws: 2 % are six standard errors. The rest is fp32's."""
+    """A size is of 2243 draws: its standard error is 1.5 %, and four are tolerated. The rest is
+    fp32's."""
     values = {"federation.partition": "dirichlet", "federation.dirichlet_alpha": 0.5}
     experiment = tiny_experiment.with_values(NOISE | values | {"server.weighting": weighting})
     server, cohort = moved(experiment), [0, 2, 3, 7]
@@ -74,15 +75,15 @@ def test_noise_cancels_with_the_servers_weights_and_has_the_size_asked_for(
         total += tensor.numel()
     sizes = {client: math.sqrt(found / total) / 0.5 for client, found in squares.items()}
     mean = math.sqrt(sum(sizes[client] ** 2 for client in cohort) / 4)
-    assert mean == pytest.approx(1, rel=0.02)
-    assert sizes[5] == pytest.approx(1, rel=0.02)  # who is only measured
+    assert mean == pytest.approx(1, rel=0.04)
+    assert sizes[5] == pytest.approx(1, rel=0.06)  # who is only measured
     if weighting == "uniform":
-        assert all(size == pytest.approx(1, rel=0.02) for size in sizes.values())
+        assert all(size == pytest.approx(1, rel=0.06) for size in sizes.values())
     else:
         common = 1 - 2 / 4 + sum(w**2 for w in weights)
         expected = [(1 - 2 * w + sum(v**2 for v in weights)) / common for w in weights]
         for client, square in zip(cohort, expected, strict=True):
-            assert sizes[client] ** 2 == pytest.approx(square, rel=0.05)
+            assert sizes[client] ** 2 == pytest.approx(square, rel=0.12)
 
 
 def test_noise_is_drawn_anew_in_each_round(tiny_experiment: Experiment) -> None:

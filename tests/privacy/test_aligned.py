@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fedlpp_ray.aggregation.products import rotate
 from fedlpp_ray.federation.perturbation import Perturbation
 from fedlpp_ray.privacy.attacks import ATTACKS
-from fedlpp_ray.privacy.attacks.aligned import aligned, turn
+from fedlpp_ray.privacy.attacks.aligned import turn
 from fedlpp_ray.privacy.attacks.means import recent
 from fedlpp_ray.privacy.view import Received, View
 from fedlpp_ray.state import State
@@ -115,15 +116,17 @@ def test_a_whole_cohort_has_the_state_through_gauges_of_each_but_for_the_alignme
     assert error(ATTACKS["mean-products"].attack(view), secret, weights) < one / 2
 
 
-def test_a_round_counts_once_however_many_have_its_editions() -> None:
-    values = [{0: 8.0, 1: 0.0}, {0: 2.0}, {0: 6.0, 1: 4.0, 2: 2.0}]
+def test_editions_of_one_round_are_of_one_age() -> None:
+    """By hand; and a line through four rounds, of which the last has three points, as NumPy's."""
+    values = [{0: 8.0, 1: 0.0}, {0: 2.0}, {0: 1.0}, {0: 6.0, 1: 4.0, 2: 2.0}]
     view = colluding(
         [{c: {HEAD: torch.tensor([x])} for c, x in editions.items()} for editions in values]
     )
-    assert [float(each.state[HEAD]) for each in aligned(view).received] == [4.0, 2.0, 4.0]
-    assert recent(view)[-3:] == [1.0, 1.0, 1.0]
-    assert recent(view)[2] == pytest.approx(2 ** (-1 / 3))
-    assert recent(view)[:2] == pytest.approx([2 ** (-2 / 3)] * 2)
+    assert recent(view) == pytest.approx([0.5] * 2 + [2 ** (-2 / 3), 2 ** (-1 / 3)] + [1.0] * 3)
+    assert float(ATTACKS["aligned-last"].attack(view)[HEAD]) == pytest.approx(4.0)
+    line = np.polyfit([1, 1, 2, 3, 4, 4, 4], [8.0, 0, 2, 1, 6, 4, 2], 1)
+    found = float(ATTACKS["aligned-trend"].attack(view)[HEAD])
+    assert found == pytest.approx(float(np.polyval(line, 4)), abs=1e-5)
 
 
 def test_without_rotation_alignment_changes_next_to_nothing() -> None:

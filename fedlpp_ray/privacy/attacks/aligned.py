@@ -7,64 +7,55 @@ messages lie to each other. That can be estimated: R_t of the orthogonal Procrus
     min over orthogonal R of ||B_t R - B_T||^2 + ||R^T A_t - A_T||^2:
     R = U V^T,  U S V^T = B_t^T B_T + A_t A_T^T
 
-layer by layer. Colluders then average their editions of one round, which takes out of them what is
-each one's own: noise, rounding, masks. What follows are the attacks on shared broadcasts.
+layer by layer. What follows are the attacks on broadcasts that all share. Editions of one round count
+each, so that what is each one's own, noise, rounding, masks, is averaged over colluders and rounds.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import groupby
 
 import torch
 
 from fedlpp_ray.privacy.attacks.base import attack
 from fedlpp_ray.privacy.attacks.interval import interval
-from fedlpp_ray.privacy.attacks.means import recent_factors
+from fedlpp_ray.privacy.attacks.means import average, recent_factors
 from fedlpp_ray.privacy.attacks.trend import trend
-from fedlpp_ray.privacy.view import Received, View
+from fedlpp_ray.privacy.view import View
 from fedlpp_ray.state import State, layers_of, name_of
 
 
 @attack("aligned-last", "broadcast")
 def aligned_last(view: View) -> State:
     """The mean of the colluders' editions of the newest round; of one edition, the newest D."""
-    return aligned(view).last.state
+    return average(aligned(view), [float(x.made == view.last.made) for x in view.received])
 
 
 @attack("aligned-factors", "broadcast")
 def aligned_factors(view: View) -> State:
-    """`recent-factors` of aligned rounds."""
+    """`recent-factors` in one gauge."""
     return recent_factors(aligned(view))
 
 
 @attack("aligned-trend", "broadcast")
 def aligned_trend(view: View) -> State:
-    """`trend` of aligned rounds."""
+    """`trend` in one gauge."""
     return trend(aligned(view))
 
 
 @attack("aligned-interval", "broadcast")
 def aligned_interval(view: View) -> State:
-    """`interval` of aligned rounds: only the newest edition's cells are in its gauge."""
+    """`interval` in one gauge, with the cells of the newest edition, which is not turned."""
     return interval(aligned(view))
 
 
 def aligned(view: View) -> View:
-    """The view with one broadcast for each round, in the gauge of the newest."""
-    rounds = groupby(view.received, key=lambda each: each.made)
-    found = [_pooled(list(editions), view.last) for _, editions in rounds]
-    return replace(view, received=tuple(found))
-
-
-def _pooled(editions: list[Received], target: Received) -> Received:
-    """The mean of the editions of a round, each turned to the target."""
-    turned = [each.state if each is target else turn(each.state, target.state) for each in editions]
-    state = turned[0]
-    if len(turned) > 1:
-        state = {n: torch.stack([x[n] for x in turned]).double().mean(0).float() for n in state}
-    cells = target.cells if editions[-1] is target else {}
-    return replace(editions[-1], state=state, cells=cells)
+    """The view in the gauge of the newest broadcast, whose cells alone are left."""
+    earlier = (
+        replace(each, state=turn(each.state, view.last.state), cells={})
+        for each in view.received[:-1]
+    )
+    return replace(view, received=(*earlier, view.last))
 
 
 def turn(state: State, target: State) -> State:
