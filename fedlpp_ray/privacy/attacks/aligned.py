@@ -7,8 +7,8 @@ messages lie to each other. That can be estimated: R_t of the orthogonal Procrus
     min over orthogonal R of ||B_t R - B_T||^2 + ||R^T A_t - A_T||^2:
     R = U V^T,  U S V^T = B_t^T B_T + A_t A_T^T
 
-layer by layer. What follows are the attacks on broadcasts that all share. Editions of one round count
-each, so that what is each one's own, noise, rounding, masks, is averaged over colluders and rounds.
+layer by layer. What follows are the attacks on broadcasts that all share. Each edition of a round
+counts, so that what is each one's own, noise, rounding, masks, is averaged over colluders too.
 """
 
 from __future__ import annotations
