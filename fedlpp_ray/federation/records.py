@@ -280,11 +280,11 @@ class RoundRecord:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
         """The inverse of `to_dict`."""
-        models = [values[key] for key in EVALUATED]
+        models = values["server"], values["client_before"], values["client_after"]
         evaluated = any(model is not None for model in models)
         return cls(
             round=values["round"],
-            evaluation=Evaluation(*models, values.get("leak", {})) if evaluated else None,
+            evaluation=Evaluation(*models, leak=values.get("leak", {})) if evaluated else None,
             clients=tuple(map(_client, values["clients"])),
             seconds=values["seconds"],
             digest=values["digest"],

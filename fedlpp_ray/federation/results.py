@@ -39,6 +39,7 @@ def run_protection(
     attacks |= {
         f"{name} of round {record.round}": metrics[UTILITY]
         for record in evaluated
+        if record.evaluation
         for name, metrics in record.evaluation.leak.items()
     }
     last = evaluated[-1].evaluation
