@@ -63,7 +63,8 @@ def test_the_window_is_of_the_newest(coarse: Experiment) -> None:
     assert all(each is not None for each in last)
     found = [each.leak["mean-factors"]["loss"] for each in last if each]
     assert len(set(found)) == 3
-    assert last[0] is not None and last[0].client_before is not None
+    assert last[0] is not None
+    assert last[0].client_before is not None
     assert found[0] == last[0].client_before["loss"]
 
 
