@@ -42,7 +42,9 @@ def measure(experiment: Experiment) -> dict[str, float]:
     centralised = once.with_values({"method": "centralised"})
     preflight.check([federated, centralised])
     clients, server = in_process(federated), in_process(centralised)
-    untrained = server.evaluate(0, {}, None)().evaluation  # a floor is a client's: of the emulator
+    untrained = server.evaluate(
+        0, {}, None, {}
+    )().evaluation  # a floor is a client's: of the emulator
     ours, whole = _run(federated, clients), _run(centralised, server)
     rows = {
         "zero-shot": untrained.server if untrained else None,

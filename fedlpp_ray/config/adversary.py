@@ -8,6 +8,17 @@ from pydantic import Field
 
 from fedlpp_ray.config.section import Positive, Section
 
+Watched = Literal[
+    "mean-factors",
+    "mean-products",
+    "recent-factors",
+    "recent-products",
+    "trend",
+    "interval",
+    "crossings",
+]
+"""The attacks that are arithmetic on broadcasts, and need no example of the adversary's."""
+
 
 class AdversaryConfig(Section):
     """Clients that do as they should, and keep what they receive. No key changes a bit of a run."""
@@ -28,3 +39,12 @@ class AdversaryConfig(Section):
     loss."""
     max_looks: Positive = 20
     """Looks at most, one after as many steps as a client makes in a round."""
+    watch: Annotated[tuple[Watched, ...], Field(strict=False)] = ("trend",)
+    """Attacks that the run itself measures while it goes on, in the client's base and of the
+    broadcasts of all rounds, beside `client_before`, which is the newest broadcast as it is. Each
+    costs one evaluation. []: none."""
+    watch_every: Positive = 5
+    """In so many rounds once, in the first of them that is evaluated, and after the last round."""
+    watch_window: Positive = 6
+    """They are given so many of the newest broadcasts, which are part of each checkpoint. `trend`
+    reads no more in any case."""

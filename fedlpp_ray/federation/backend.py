@@ -66,10 +66,17 @@ class Backend(Protocol):
         Without differential privacy C is infinite.
         """
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+    def evaluate(
+        self,
+        round: int,
+        broadcast: Broadcast,
+        memory: Memory,
+        newest: Mapping[int, Broadcast],
+    ) -> Pending:
         """Begin to measure the server's state and what the strongest client has of it.
 
-        Given the broadcast in force in the round that follows, and what the client has kept.
+        Given the broadcast in force in the round that follows, what the client has kept, and the
+        broadcasts to attack, by the round in which each was made; none: no attack.
         """
 
     def finish(self) -> Final | None:

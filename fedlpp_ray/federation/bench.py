@@ -14,19 +14,13 @@ from fedlpp_ray.config import FULL_PRECISION, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import correction_of, load_client_base
+from fedlpp_ray.federation.sampling import colluders
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, store_in_bf16
 from fedlpp_ray.privacy.view import Base
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State
 from fedlpp_ray.tasks import Metrics, Tokens, evaluation_batches
 from fedlpp_ray.training import FedProx, Training, client_descent, mean_loss
-
-
-def colluders(experiment: Experiment, text: FederatedText) -> tuple[int, ...]:
-    """The strongest client, then those with most examples; among equals the lowest number."""
-    by_size = np.argsort(-np.asarray(text.examples), kind="stable").tolist()
-    others = [client for client in by_size if client != text.strongest]
-    return (text.strongest, *others)[: experiment.adversary.colluders]
 
 
 def bases_of(experiment: Experiment) -> tuple[Base, ...]:
@@ -102,7 +96,7 @@ class Bench:
             self._held["public"] = Held(experiment, load_base(experiment, text), device)
         if "corrected" in self.bases:
             self._held["corrected"] = Held(experiment, _corrected_base(experiment, text), device)
-        own = colluders(experiment, text)
+        own = colluders(experiment, text.examples)
         self.clients = frozenset(own)
         self._train, validation = self._split(own)
         size = experiment.evaluation.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import safetensors.torch
 import torch
@@ -15,7 +15,9 @@ from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base, trained_whole
 from fedlpp_ray.federation.masks import cut
 from fedlpp_ray.federation.private import private
+from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
+from fedlpp_ray.federation.watch import Watch
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
@@ -94,6 +96,8 @@ class ClientHost:
             store_in_bf16(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
         self._private = private(experiment)
+        self._reader = Reader(experiment, self._wire, self._initial)
+        self._watch = Watch(experiment, self._text.examples)
         self._decoded: tuple[Envelope, int, bytes, State] | None = None  # the last message
 
     @classmethod
@@ -168,20 +172,30 @@ class ClientHost:
 
     @together
     def evaluate(
-        self, round: int, broadcast: Broadcast, memory: Memory = None
-    ) -> tuple[Metrics, Metrics]:
-        """Metrics of the broadcast as received, and after the strongest client's training.
+        self,
+        round: int,
+        broadcast: Broadcast,
+        memory: Memory = None,
+        newest: Mapping[int, Broadcast] | None = None,
+    ) -> tuple[Metrics, Metrics, dict[str, Metrics]]:
+        """Metrics of the broadcast as received, after the strongest client's training, and leaked.
 
         Args:
             round: In which clients train from the broadcast.
             broadcast: The one in force in that round.
             memory: The strongest client's.
+            newest: Broadcasts to attack (`Watch`), by the round in which each was made.
         """
         strongest = self._text.strongest
         received = self._receive(round, strongest, broadcast, memory)
         before = self._text.evaluate(self._model, self._device)
         self._train_client(round, strongest, self._rules(received, memory))
-        return before, self._text.evaluate(self._model, self._device)
+        after = self._text.evaluate(self._model, self._device)
+        leak = {}
+        for name, state in self._watch.states(self._reader, newest or {}):
+            self._state.write(state)
+            leak[name] = self._text.evaluate(self._model, self._device)
+        return before, after, leak
 
     @together
     def measure_floor(self) -> Floor:

@@ -83,10 +83,16 @@ class InProcess:
             refusal = self._server.verdict(round, each.client, update.payload)
             yield report(update) if refusal is None else refused(report(update), refusal)
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+    def evaluate(
+        self,
+        round: int,
+        broadcast: Broadcast,
+        memory: Memory,
+        newest: Mapping[int, Broadcast],
+    ) -> Pending:
         """The server's state and what a client has of it, measured now."""
         server, start = self._server.evaluate(), time.perf_counter()
-        evaluation = Evaluation(server, *self._host.evaluate(round, broadcast, memory))
+        evaluation = Evaluation(server, *self._host.evaluate(round, broadcast, memory, newest))
         measured = Measured(evaluation, time.perf_counter() - start)
         return lambda: measured
 

@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fedlpp_ray.aggregation import find_method
-from fedlpp_ray.aggregation.products import pad
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.bench import Bench
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
+from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import RoundRecord
-from fedlpp_ray.federation.wire import Broadcast, Wire, edition
-from fedlpp_ray.messages import quantized
+from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.privacy.attacks import Known
-from fedlpp_ray.privacy.view import Base, Received, View
+from fedlpp_ray.privacy.view import Base, View
 from fedlpp_ray.state import schema_of
 from fedlpp_ray.tasks import UTILITY, Metrics
 from fedlpp_ray.training import configure_torch
@@ -117,9 +116,10 @@ class Ladder:
         self._bench = Bench(experiment, text, device, emulator)
         self.bases = self._bench.bases
         self._experiment = experiment
-        self._wire = Wire(experiment, schema_of(self._bench.initial))
         readable = self._readable(broadcasts, history)
-        received = tuple(self._received(broadcasts, readable))
+        wire = Wire(experiment, schema_of(self._bench.initial))
+        reader = Reader(experiment, wire, self._bench.initial)
+        received = tuple(reader.read(broadcasts, readable))
         if not received:
             raise UserError(
                 f"adversary.rounds '{experiment.adversary.rounds}': client "
@@ -179,52 +179,6 @@ class Ladder:
                 if client.client in clients:
                     found[client.client].add(made_in(record.round - client.staleness))
         return {each: frozenset(made) for each, made in found.items()}
-
-    def _received(
-        self, broadcasts: Mapping[int, Broadcast], readable: Mapping[int, frozenset[int]]
-    ) -> Iterator[Received]:
-        """Of each round the message of the highest rank; or each colluder's own, where it has one.
-
-        A client has one of its own of the rounds in which it was sampled or measured: whom the
-        server did not send one has none, also under `adversary.rounds: all`.
-        """
-        individual = self._experiment.downlink.individual
-        before: dict[int, bytes] = {}
-        for made, broadcast in sorted(broadcasts.items()):
-            keys = {
-                edition(self._experiment, client): client
-                for client in sorted(self._bench.clients, reverse=True)
-                if made in readable[client]
-            }
-            read = sorted(keys.keys() & broadcast.keys())
-            for key in read if individual else read[-1:]:
-                yield self._read(made, keys[key], key, broadcast[key], before.get(key))
-            before = {key: broadcast[key] for key in read}
-
-    def _read(
-        self, made: int, client: int, key: int, payload: bytes, before: bytes | None
-    ) -> Received:
-        """As a client reads it: what never travels is as the seed made it.
-
-        The adversary knows the experiment, so that its cells are those of the defences of the
-        codes; with `downlink.perturbation` they would bound S and its noise, so there are none.
-        `before` is the message made before, if one of the colluders could read it.
-        """
-        rank, lora = self._wire.rank(key), self._experiment.lora
-        noisy = self._experiment.downlink.perturbation > 0
-        schema, codec = self._wire.broadcast(rank), self._wire.downlink
-        state = pad(self._wire.read(made, key, payload), lora.rank)
-        initial = self._bench.initial
-        held = initial | {name: t for name, t in state.items() if name in initial}
-        cells = {}
-        if codec.quantizer and rank == lora.rank and not noisy:
-            last = quantized(before, schema, codec) if before else {}
-            cells = {
-                name: codec.guard.cells(tensor, last.get(name), first=made == 1)
-                for name, tensor in quantized(payload, schema, codec).items()
-                if name in held and tensor.shape == tuple(held[name].shape)
-            }
-        return Received(made, client, held, cells)
 
 
 def strongest(outcomes: Iterable[Outcome]) -> Outcome:

@@ -23,6 +23,7 @@ from fedlpp_ray.federation.records import (
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.federation.schedule import RoundPlan, Schedule, abandoned
 from fedlpp_ray.federation.snapshot import Snapshot
+from fedlpp_ray.federation.watch import Watch
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.storage import StoredBytes
@@ -65,6 +66,7 @@ class Federation:
         self._download = backend.download()
         self._schedule = Schedule(experiment, examples)
         self._strongest = strongest_client(experiment.lora, examples)
+        self._watch = Watch(experiment, examples)
 
     def run(self) -> Iterator[RoundRecord]:
         """The rounds that remain, each yielded when it is measured: while the next one trains."""
@@ -76,7 +78,7 @@ class Federation:
             evaluation = self._evaluate(plan.round, clock) if plan.round > done + 1 else None
             # 3. Each client trains from it; the server folds each update as it comes, in any order.
             kept = {each: self._memory(each.client) for each in plan.cohort}
-            training = self.backend.train(plan.round, kept, self._broadcasts)
+            training = self.backend.train(plan.round, kept, self._trained_from(plan))
             if evaluation:
                 yield self._measured(evaluation, clock)
             with clock("train"):
@@ -131,6 +133,13 @@ class Federation:
                 self._broadcasts[made] = self.backend.encode_broadcast(made, clients, beside)
             self._keep(made, self._broadcasts[made])
 
+    def _trained_from(self, plan: RoundPlan) -> dict[int, Broadcast]:
+        """The broadcasts from the first on that someone in the round trains from."""
+        parts = (*plan.cohort, *(each for each, _ in plan.absent))
+        first = min((each.started for each in parts), default=plan.round)
+        since = self.experiment.downlink.made_in(first)
+        return {made: b for made, b in self._broadcasts.items() if made >= since}
+
     def _broadcast(self, started: int) -> Broadcast:
         return self._broadcasts[self.experiment.downlink.made_in(started)]
 
@@ -147,8 +156,9 @@ class Federation:
         if not self._is_evaluated(following - 1):
             return lambda: Measured(None)
         memory = self._memory(self._strongest)
+        newest = self._watch.newest(self._broadcasts) if self._watch.due(following - 1) else {}
         with clock("evaluate"):
-            return self.backend.evaluate(following, self._broadcast(following), memory)
+            return self.backend.evaluate(following, self._broadcast(following), memory, newest)
 
     def _measured(self, evaluation: Pending, clock: Clock) -> RoundRecord:
         """The last round with its evaluation, for which this waits, and its times."""
@@ -201,7 +211,8 @@ class Federation:
         privacy = spent(self.experiment, plan.round, self.backend.clipping)
         self.history.append(RoundRecord(plan.round, None, clients, seconds, digest, privacy))
         needed = self.experiment.downlink.made_in(plan.oldest)
-        self._broadcasts = {made: b for made, b in self._broadcasts.items() if made >= needed}
+        used = {made: b for made, b in self._broadcasts.items() if made >= needed}
+        self._broadcasts = self._watch.newest(self._broadcasts) | used
 
     def _clients(
         self, plan: RoundPlan, reports: Sequence[ClientReport]

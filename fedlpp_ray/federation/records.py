@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fedlpp_ray.messages import Transfer, total_bytes
@@ -106,6 +106,8 @@ class Evaluation:
         client_before: What a client trains from in the next round: its base and the D in force,
             deq(quant(S)), or that of an earlier S where `downlink.every` makes no new one.
         client_after: The same after the local training of the strongest client.
+        leak: In the same base what attacks on the newest broadcasts came to (`adversary.watch`), by
+            their names, in the rounds in which they were measured.
 
     A run that is no federation has one of them: `server` if centralised, else `client_after`.
     """
@@ -113,6 +115,7 @@ class Evaluation:
     server: Metrics | None
     client_before: Metrics | None
     client_after: Metrics | None
+    leak: Mapping[str, Metrics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class RoundRecord:
         """The JSON object of a result file."""
         return {
             "round": self.round,
-            **(asdict(self.evaluation) if self.evaluation else dict.fromkeys(EVALUATED)),
+            **(asdict(self.evaluation or Evaluation(None, None, None))),
             "bytes": total_bytes(self.ledger),
             "seconds": self.seconds,
             "clients": [asdict(client) for client in self.clients],
@@ -277,10 +280,11 @@ class RoundRecord:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoundRecord:
         """The inverse of `to_dict`."""
-        evaluated = any(values[key] is not None for key in EVALUATED)
+        models = values["server"], values["client_before"], values["client_after"]
+        evaluated = any(model is not None for model in models)
         return cls(
             round=values["round"],
-            evaluation=Evaluation(**{key: values[key] for key in EVALUATED}) if evaluated else None,
+            evaluation=Evaluation(*models, leak=values.get("leak", {})) if evaluated else None,
             clients=tuple(map(_client, values["clients"])),
             seconds=values["seconds"],
             digest=values["digest"],

@@ -36,6 +36,12 @@ def run_protection(
         for model in EVALUATED[1:]
         if (metrics := getattr(record.evaluation, model)) is not None
     }
+    attacks |= {
+        f"{name} of round {record.round}": metrics[UTILITY]
+        for record in evaluated
+        if record.evaluation
+        for name, metrics in record.evaluation.leak.items()
+    }
     last = evaluated[-1].evaluation
     assert last is not None
     server = final.server if final else last.server
@@ -44,6 +50,20 @@ def run_protection(
         attacks,
         {"base": floor.base[UTILITY], "local_only": floor.local_only[UTILITY]},
     )
+
+
+def leak_of(record: RoundRecord) -> tuple[str, float] | None:
+    """The strongest of what the broadcasts up to a round give away by arithmetic alone.
+
+    Returns:
+        Its name and utility, of the attacks that were measured in the round and the newest
+        broadcast as it is. None where none was. NaN, of a model that has diverged, only if all are.
+    """
+    if record.evaluation is None or not record.evaluation.leak:
+        return None
+    models = {"client_before": record.evaluation.client_before, **record.evaluation.leak}
+    utilities = [(name, metrics[UTILITY]) for name, metrics in models.items() if metrics]
+    return max(utilities, key=lambda x: -math.inf if math.isnan(x[1]) else x[1])
 
 
 def to_json(outcome: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlpp_ray.config import FederationConfig, LoraConfig
+from fedlpp_ray.config import Experiment, FederationConfig, LoraConfig
 from fedlpp_ray.seeds import derive
 
 
@@ -57,3 +57,18 @@ def strongest_client(config: LoraConfig, sizes: Sequence[int]) -> int:
     """
     ranks = np.resize(config.client_ranks or (config.rank,), len(sizes))
     return int(np.where(ranks == ranks.max(), np.asarray(sizes), -1).argmax())
+
+
+def colluders(experiment: Experiment, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The adversary's clients: the strongest, then those with most examples.
+
+    Among equals the lowest number.
+
+    Args:
+        experiment: Says how many.
+        sizes: (clients,) number of examples of each.
+    """
+    strongest = strongest_client(experiment.lora, sizes)
+    by_size = np.argsort(-np.asarray(sizes), kind="stable").tolist()
+    others = [client for client in by_size if client != strongest]
+    return (strongest, *others)[: experiment.adversary.colluders]

@@ -189,7 +189,7 @@ class Solo:
         """Nothing is clipped."""
         return UNCLIPPED
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory, *_: object) -> Pending:
         """The one model: the server's if centralised, else a client's."""
         start = time.perf_counter()
         found = self._measure()

@@ -216,18 +216,25 @@ class RayBackend:
         """C in the round last closed, and the noised fraction of its clients within C, if any."""
         return self.server.ask("clipping")  # type: ignore[no-any-return]
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+    def evaluate(
+        self,
+        round: int,
+        broadcast: Broadcast,
+        memory: Memory,
+        newest: Mapping[int, Broadcast],
+    ) -> Pending:
         """Begin to measure the server's state, and at any client actor what a client has of it."""
         reference = self._stored(self._experiment.downlink.made_in(round), broadcast)
+        attacked = ray.put(newest) if newest else None
         server = self.server.send("evaluate")
         client = self._client_job(
-            "evaluation", lambda actor: actor.evaluate.remote(round, reference, memory)
+            "evaluation", lambda actor: actor.evaluate.remote(round, reference, memory, attacked)
         )
 
         def wait() -> Measured:
-            before, after, seconds = self._wait_for(client)
+            *found, seconds = self._wait_for(client)
             self._evaluation_seconds = seconds
-            return Measured(Evaluation(self.server.result(server), before, after), seconds)
+            return Measured(Evaluation(self.server.result(server), *found), seconds)
 
         return wait
 

@@ -51,7 +51,7 @@ class SoloActor:
         """Train on when the report is asked for: until then the state is that of the last round."""
         yield from self._server.ask("train", round, {}, {})
 
-    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory) -> Pending:
+    def evaluate(self, round: int, broadcast: Broadcast, memory: Memory, *_: object) -> Pending:
         """Begin to measure the one model."""
         reference = self._server.send("evaluate", round, broadcast, memory)
         return lambda: self._server.result(reference)

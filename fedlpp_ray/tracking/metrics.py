@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.config.adversary import Watched
 from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
+from fedlpp_ray.federation.results import leak_of
 from fedlpp_ray.messages import total_bytes
 from fedlpp_ray.tasks import MEASURES, TEXT_MEASURES, UTILITY
 
@@ -21,6 +24,8 @@ DP_BELOW = "dp/below"
 """The noised fraction of clients whose update was within the adaptive clip."""
 _NOT_MEASURED = ("examples",)
 _PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_compute", "overhead")
+LEAK = "leak"
+"""Prefix of what attacks on the newest broadcasts came to, and of the strongest of them."""
 FINAL = "final"
 """Prefix of the metrics of the server's final model."""
 _FLOORS = ("floor_base", "floor_local_only")
@@ -42,7 +47,8 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
     measures = MEASURES[experiment.task.kind]
     if experiment.generation.examples == 0:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
-    return (*_names((*models, *_finals(experiment), *_FLOORS), measures), *_dp_names(experiment))
+    names = _names((*models, *_finals(experiment), *_FLOORS), measures)
+    return (*names, *_dp_names(experiment), *_leak_names(experiment))
 
 
 def _finals(experiment: Experiment) -> tuple[str, ...]:
@@ -56,13 +62,19 @@ def _dp_names(experiment: Experiment) -> tuple[str, ...]:
     return (*_DP, DP_BELOW) if experiment.dp.adaptive else _DP
 
 
+def _leak_names(experiment: Experiment) -> tuple[str, ...]:
+    personal = find_method(experiment.server.aggregation).personal
+    watched = () if experiment.method != "federated" or personal else experiment.adversary.watch
+    return tuple(f"{LEAK}/{name}" for name in (*watched, *(["strongest"] if watched else [])))
+
+
 def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
     return (*(f"{model}/{m}" for model in models for m in (UTILITY, *measures)), *_OF_ANY_TASK)
 
 
 _MODELS = (*EVALUATED, FINAL, *_FLOORS)
 _ALL = {name for measures in MEASURES.values() for name in _names(_MODELS, measures)}
-_ALL |= {*_DP, DP_BELOW}
+_ALL |= {*_DP, DP_BELOW, *(f"{LEAK}/{name}" for name in (*get_args(Watched), "strongest"))}
 
 
 def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
@@ -76,6 +88,10 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
     if record.evaluation is not None:
         for model in EVALUATED:
             metrics |= _prefixed(model, getattr(record.evaluation, model) or {})
+        leaks = {name: found[UTILITY] for name, found in record.evaluation.leak.items()}
+        metrics |= _prefixed(LEAK, leaks)
+    if strongest := leak_of(record):
+        metrics[f"{LEAK}/strongest"] = strongest[1]
     folded = record.folded
     if folded:
         metrics["train/loss"] = sum(record.loss) / len(folded)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedlpp_ray.federation.records import EVALUATED, RoundRecord
+from fedlpp_ray.federation.results import leak_of
 from fedlpp_ray.tasks import UTILITY
 
 
@@ -39,6 +40,8 @@ def round_line(record: RoundRecord, total: int) -> str:
     if record.evaluation is not None:
         measured = {model: getattr(record.evaluation, model) for model in EVALUATED}
         parts += [f"{name} {found[UTILITY]:.3f}" for name, found in measured.items() if found]
+    if strongest := leak_of(record):
+        parts.append(f"leak {strongest[1]:.3f} ({strongest[0]})")
     parts.append(f"down {sent / 1e3:.0f} kB  up {received / 1e3:.0f} kB")
     faults = Counter(client.fault.kind for client in record.clients if client.fault)
     parts += [f"{count} {kind}" for kind, count in faults.items()]

@@ -308,7 +308,8 @@ class Eager(InProcess):
 def test_what_is_measured_and_kept_of_a_round_is_its_own_state(
     tiny_experiment: Experiment, tmp_path: Path, kind: type[InProcess], every: int
 ) -> None:
-    experiment = tiny_experiment.with_values({"evaluation.every": every})
+    values = {"evaluation.every": every, "adversary.watch": []}  # the leak is in test_watch
+    experiment = tiny_experiment.with_values(values)
     federation, hand = Federation(experiment, kind(experiment)), ByHand(experiment)
     other, strongest = Server(experiment), federation._strongest
     for record in federation.run():

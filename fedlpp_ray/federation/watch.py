@@ -1,0 +1,90 @@
+"""The leak while a run goes on: what the newest broadcasts give away by arithmetic alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Never
+
+from fedlpp_ray.aggregation import find_method
+from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.received import Reader
+from fedlpp_ray.federation.sampling import colluders
+from fedlpp_ray.federation.wire import Broadcast, edition
+from fedlpp_ray.privacy.attacks import find_attacks
+from fedlpp_ray.privacy.view import Base, View, ViewError
+from fedlpp_ray.state import State
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Colluders that only read: `privacy.view.Tools` without a model or examples.
+
+    Attributes:
+        clients: They.
+    """
+
+    clients: frozenset[int]
+    bases: tuple[Base, ...] = ("client",)
+
+    def loss(self, *_: object) -> Never:
+        """Refused.
+
+        Raises:
+            ViewError: always, as the others.
+        """
+        raise ViewError("an attack that is measured during a run has no examples and no model")
+
+    take_part = tune = loss
+
+
+class Watch:
+    """When the leak is measured, and of which broadcasts.
+
+    Args:
+        experiment: What is run.
+        examples: (clients,) number of examples of each.
+    """
+
+    def __init__(self, experiment: Experiment, examples: Sequence[int]) -> None:
+        self._experiment, self._config = experiment, experiment.adversary
+        self._clients = frozenset(colluders(experiment, examples))
+        self._editions = {edition(experiment, client) for client in self._clients}
+        # Where a part of the model stays at each client the server has none that could leak.
+        personal = find_method(experiment.server.aggregation).personal
+        federated = experiment.method == "federated"
+        self._attacks = find_attacks(list(self._config.watch if federated and not personal else ()))
+
+    def due(self, round: int) -> bool:
+        """Whether the leak is measured with the evaluation after a round, which is evaluated."""
+        before, every = round - self._experiment.evaluation.every, self._config.watch_every
+        last = round == self._experiment.federation.rounds
+        return bool(self._attacks) and (last or round // every > before // every)
+
+    def newest(self, broadcasts: Mapping[int, Broadcast]) -> dict[int, Broadcast]:
+        """Of the newest broadcasts what the adversary reads; of none where nothing is measured."""
+        if not self._attacks:
+            return {}
+        read = {
+            made: own
+            for made, broadcast in sorted(broadcasts.items())
+            if (own := {key: broadcast[key] for key in sorted(self._editions & broadcast.keys())})
+        }
+        return dict(list(read.items())[-self._config.watch_window :])
+
+    def states(
+        self, reader: Reader, newest: Mapping[int, Broadcast]
+    ) -> Iterator[tuple[str, State]]:
+        """What each attack makes of the newest broadcasts; nothing without any.
+
+        Args:
+            reader: A client's.
+            newest: From `newest`.
+        """
+        if not newest:
+            return
+        readable = {client: frozenset(newest) for client in self._clients}
+        received = tuple(reader.read(newest, readable))
+        view = View(received, self._experiment.lora.rank, Bare(self._clients), readable)
+        for name, known in self._attacks.items():
+            yield name, known.attack(view)
