@@ -95,7 +95,14 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     for found in ladder.run(attacks):
         outcomes.append(found)
         console.print(f"{found.name:<28} {found.utility:.3f}")
-    report = _report(experiment, outcome, outcomes, ladder.floor())
+    console.print("floor ...")
+    report = _report(experiment, outcome, outcomes, ladder.scored_floor())
+    report["threat"] = _threat(experiment, ladder)
+    from fedlpp_ray.federation.checkpoint import trained
+    from fedlpp_ray.federation.intervals import add_intervals
+
+    adapter = trained(RunFolder(options.run, experiment)) if report["protection"]["server"] else {}
+    add_intervals(report, ladder, outcomes, adapter)
     files = [target]
     if options.curve:
         report["leak_curve"] = [
@@ -151,7 +158,7 @@ def _report(
     experiment: Experiment,
     outcome: dict[str, Any],
     outcomes: Sequence[Outcome],
-    own: dict[str, float],
+    own: dict[str, Scored],
 ) -> dict[str, Any]:
     """The result as plain values: each attack, and protection against it, its level, and all."""
     from fedlpp_ray.federation.results import last_server
