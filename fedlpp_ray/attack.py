@@ -132,9 +132,9 @@ def _attack_run(
     threat = _threat(experiment, ladder)
     console.print(threat)
     outcomes = []
-    for found in ladder.run(attacks):
-        outcomes.append(found)
-        console.print(f"{found.name:<28} {found.utility:.3f}")
+    for each in ladder.run(attacks):
+        outcomes.append(each)
+        console.print(f"{each.name:<28} {each.utility:.3f}")
     console.print("measuring the server and the floor ...")
     own = ladder.scored_floor()
     utilities = {name: _utility(metrics) for name, (metrics, _) in own.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,10 +15,17 @@ from fedlpp_ray.config import FULL_PRECISION, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import correction_of, load_client_base
-from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
+from fedlpp_ray.lora import (
+    ModelState,
+    add_adapter,
+    add_residuals,
+    at_rank,
+    store_in_bf16,
+    with_residuals,
+)
 from fedlpp_ray.privacy.view import Base
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.state import State
+from fedlpp_ray.state import State, part
 from fedlpp_ray.tasks import Metrics, Tokens, evaluation_batches
 from fedlpp_ray.training import FedProx, Scored, Training, client_descent, mean_loss, whole_descent
 
@@ -192,8 +200,15 @@ class Bench:
         return self._text.evaluate(self._put(state, base), self._device)
 
     def score(self, state: State, base: Base) -> Scored:
-        """As `measure`, and each held-out example for itself."""
-        return self._text.score(self._put(state, base), self._device)
+        """As `measure`, and each held-out example for itself.
+
+        A state may have a residual of every adapted layer, also where the model has none.
+        """
+        held = self._held[base]
+        extra = any(part(name) == "residual" for name in state.keys() - held.initial.keys())
+        with with_residuals(held.model) if extra else nullcontext():
+            (ModelState(held.model) if extra else held.state).write(state)
+            return self._text.score(held.model, self._device)
 
     def alone(self) -> dict[str, Scored]:
         """What the strongest colluder has without taking part, as the run's `Floor` names it."""

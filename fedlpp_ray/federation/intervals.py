@@ -39,7 +39,7 @@ def protection_intervals(
     for level in dict.fromkeys(each.level for each in outcomes):
         groups[level] = [each.name for each in outcomes if each.level == level]
     groups[ALL] = [each.name for each in outcomes]
-    found = _resampled(ladder, outcomes, own, adapter, groups, seed)
+    found = _resampled(ladder, outcomes, own, adapter, groups, seed=seed)
     attacks = {key.removeprefix(_ATTACK): x for key, x in found.items() if key.startswith(_ATTACK)}
     levels = {key: x for key, x in found.items() if not key.startswith(_ATTACK) and key != ALL}
     return attacks, levels, found[ALL]
@@ -51,6 +51,7 @@ def _resampled(
     own: Mapping[str, Scored],
     adapter: Mapping[str, bytes],
     groups: Mapping[str, Sequence[str]],
+    *,
     seed: int,
 ) -> dict[str, Interval]:
     def none(reason: str) -> dict[str, Interval]:
@@ -66,7 +67,7 @@ def _resampled(
     known: dict[str, Scores] = {name: x for name, x in floor.items() if x is not None}
     if server is None or len(known) < len(floor):
         return none(NO_MEAN)
-    return bootstrap_protection(server, attacks, known, groups, seed)
+    return bootstrap_protection(server, attacks, known, groups, seed=seed)
 
 
 def over_seeds(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -96,4 +97,5 @@ def over_seeds(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _utility(found: Any) -> float | None:
     """A utility, or that of a named one."""
-    return found[1] if isinstance(found, tuple | list) else found
+    utility: float | None = found[1] if isinstance(found, tuple | list) else found
+    return utility

@@ -64,6 +64,7 @@ def bootstrap_protection(
     attacks: Mapping[str, Scores],
     floor: Mapping[str, Scores],
     groups: Mapping[str, Collection[str]],
+    *,
     seed: int,
     resamples: int = RESAMPLES,
 ) -> dict[str, Interval]:

@@ -53,7 +53,9 @@ def test_the_interval_holds_the_true_protection_as_often_as_it_says() -> None:
     truth, hits, trials = (0.9 - 0.8) / (0.9 - 0.3), 0, 200
     for seed in range(trials):
         server, attacks, floor = models(seed)
-        found = bootstrap_protection(server, attacks, floor, GROUPS, seed, resamples=400)["strong"]
+        found = bootstrap_protection(server, attacks, floor, GROUPS, seed=seed, resamples=400)[
+            "strong"
+        ]
         assert found.low is not None
         assert found.high is not None
         hits += found.low <= truth <= found.high
@@ -64,7 +66,7 @@ def test_of_attacks_that_are_alike_the_maximum_leaves_less_protection_than_each(
     rng = np.random.default_rng(0)
     attacks = {"weak": drawn(rng, 0.8), "strong": drawn(rng, 0.8)}
     server, floor = drawn(rng, 0.9), {"base": drawn(rng, 0.3)}
-    found = bootstrap_protection(server, attacks, floor, GROUPS, 0)
+    found = bootstrap_protection(server, attacks, floor, GROUPS, seed=0)
     lows = [found[name].low for name in ("weak", "strong")]
     assert found["all"].low is not None
     assert all(low is not None and found["all"].low <= low for low in lows)
@@ -72,20 +74,30 @@ def test_of_attacks_that_are_alike_the_maximum_leaves_less_protection_than_each(
 
 def test_the_same_seed_gives_the_same_interval_whatever_else_is_measured() -> None:
     server, attacks, floor = models(3)
-    one = bootstrap_protection(server, {"weak": attacks["weak"]}, floor, {"weak": ["weak"]}, 5, 500)
-    assert bootstrap_protection(server, attacks, floor, GROUPS, 5, 500)["weak"] == one["weak"]
-    assert bootstrap_protection(server, attacks, floor, GROUPS, 6, 500)["weak"] != one["weak"]
+    one = bootstrap_protection(
+        server, {"weak": attacks["weak"]}, floor, {"weak": ["weak"]}, seed=5, resamples=500
+    )
+    assert (
+        bootstrap_protection(server, attacks, floor, GROUPS, seed=5, resamples=500)["weak"]
+        == one["weak"]
+    )
+    assert (
+        bootstrap_protection(server, attacks, floor, GROUPS, seed=6, resamples=500)["weak"]
+        != one["weak"]
+    )
 
 
 def test_there_is_none_where_the_server_is_seldom_above_the_floor() -> None:
     rng = np.random.default_rng(0)
     same = drawn(rng, 0.5)
-    found = bootstrap_protection(same, {"a": same}, {"base": same}, {"a": ["a"]}, 0, 200)["a"]
+    found = bootstrap_protection(
+        same, {"a": same}, {"base": same}, {"a": ["a"]}, seed=0, resamples=200
+    )["a"]
     assert (found.low, found.high, found.undefined) == (None, None, 1.0)
     server, attacks, _ = models(0)
     close = {"base": scores(np.roll(server.values, 7))}
     close["base"].values[server.values.argmax()] = 0  # at most one example below the server
-    found = bootstrap_protection(server, attacks, close, GROUPS, 0, 500)["all"]
+    found = bootstrap_protection(server, attacks, close, GROUPS, seed=0, resamples=500)["all"]
     assert found.undefined is not None
     assert 0.05 < found.undefined < 1
     assert found.reason == f"in {found.undefined:.0%} of the resamples protection is undefined"
@@ -95,11 +107,14 @@ def test_a_model_that_has_diverged_is_the_strongest_of_none() -> None:
     server, attacks, floor = models(0)
     broken = scores(np.full(400, math.nan))
     found = bootstrap_protection(
-        server, {"weak": broken, "strong": attacks["strong"]}, floor, GROUPS, 0, 500
+        server, {"weak": broken, "strong": attacks["strong"]}, floor, GROUPS, seed=0, resamples=500
     )
     assert found["all"] == found["strong"]
     assert found["weak"].undefined == 1.0
-    assert bootstrap_protection(broken, attacks, floor, GROUPS, 0, 50)["all"].low is None
+    assert (
+        bootstrap_protection(broken, attacks, floor, GROUPS, seed=0, resamples=50)["all"].low
+        is None
+    )
 
 
 def test_examples_weigh_what_they_weigh() -> None:
@@ -107,7 +122,7 @@ def test_examples_weigh_what_they_weigh() -> None:
     found = Scores(np.array([1.0, 0.0]), np.array([3.0, 1.0]))
     assert found.utility == 0.75
     with pytest.raises(ValueError, match="not measured on the same examples"):
-        bootstrap_protection(found, {"a": scores(np.ones(2))}, {"b": found}, {"a": ["a"]}, 0)
+        bootstrap_protection(found, {"a": scores(np.ones(2))}, {"b": found}, {"a": ["a"]}, seed=0)
 
 
 def test_the_interval_over_seeds_is_students() -> None:
