@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlpp_ray.command_line import check_writable_file, run_command
-from fedlpp_ray.config import Experiment, parse_overrides
+from fedlpp_ray.config import Experiment, check_same, parse_overrides
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.privacy import measure_protection
+from fedlpp_ray.privacy import Interval, measure_protection
 from fedlpp_ray.storage import RunFolder, write_file
 from fedlpp_ray.storage.runs import RESULT
 
@@ -27,7 +27,7 @@ UTILITY = "utility"
 if TYPE_CHECKING:
     from fedlpp_ray.federation.ladder import Ladder, Outcome
 
-ATTACKS_FILE, CURVE_FILE = "attacks.json", "leak_curve.png"
+ATTACKS_FILE, CURVE_FILE, SEEDS_FILE = "attacks.json", "leak_curve.png", "attacks_seeds.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,12 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         description="How good a model the adversary can make of what a finished run sent to "
         "clients, and what protection is left.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="adversary.key=value",
-        help="another threat model, e.g. adversary.colluders=4",
+        "given",
+        nargs="+",
+        metavar="RUN | adversary.key=value",
+        help="folders of the run, and of the same run with other seeds; and another threat model, "
+        "e.g. adversary.colluders=4",
     )
     parser.add_argument("--attacks", metavar="A,B", help="only these; default: all")
     parser.add_argument(
@@ -67,11 +67,52 @@ def _parser() -> argparse.ArgumentParser:
 def _attack(options: argparse.Namespace, console: Console) -> int:
     if options.curve is not None and options.curve < 1:
         raise UserError(f"--curve {options.curve}: allowed: 1 and more")
-    outcome = _result(options.run)
-    experiment = _experiment(outcome, options.overrides, options.run)
-    target = options.json or options.run / ATTACKS_FILE
-    check_writable_file("--json", target)
+    overrides = [x for x in options.given if "=" in x and not Path(x).exists()]
+    runs = [Path(x) for x in options.given if x not in overrides]
+    if not runs:
+        raise UserError("RUN is missing: the folder of a finished run")
+    experiments = [_experiment(_result(run), overrides, run) for run in runs]
+    for run, experiment in zip(runs[1:], experiments[1:], strict=True):
+        check_same(experiment.with_values({"seed": experiments[0].seed}), experiments[0], str(run))
+    seeds = [experiment.seed for experiment in experiments]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"the runs' seeds are {', '.join(map(str, seeds))}: each may be there once")
+    several = len(runs) > 1
+    summary = options.json or runs[0] / SEEDS_FILE
+    targets = (
+        [run / ATTACKS_FILE for run in runs]
+        if several
+        else [options.json or runs[0] / ATTACKS_FILE]
+    )
+    for target in [*targets, *([summary] if several else [])]:
+        check_writable_file("--json", target)
+    reports = [
+        _attack_run(options, console, *each)
+        for each in zip(runs, experiments, targets, strict=True)
+    ]
+    if several:
+        from fedlpp_ray.federation.intervals import over_seeds
+        from fedlpp_ray.federation.results import to_json
+
+        found = over_seeds(dict(zip(seeds, reports, strict=True)))
+        write_file(summary, (to_json(found) + "\n").encode())
+        Console(highlight=False).print(_seeds_table(found))
+        console.print(f"seeds     {summary}")
+    return 0
+
+
+def _attack_run(
+    options: argparse.Namespace,
+    console: Console,
+    run: Path,
+    experiment: Experiment,
+    target: Path,
+) -> dict[str, Any]:
+    """Attack one run, and write what came of it."""
+    outcome = _result(run)
     # These take seconds to import; a wrong configuration is refused before.
+    from fedlpp_ray.federation.checkpoint import trained
+    from fedlpp_ray.federation.intervals import protection_intervals
     from fedlpp_ray.federation.ladder import Ladder, check_adversary
     from fedlpp_ray.federation.records import RoundRecord
     from fedlpp_ray.federation.results import to_json
@@ -83,19 +124,25 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     if options.curve and all(each.level != "broadcast" for each in attacks.values()):
         raise UserError("--curve: none of these attacks only reads broadcasts")
     history = [RoundRecord.from_dict(record) for record in outcome["history"]]
-    broadcasts = RunFolder(options.run, experiment).kept()
+    broadcasts = RunFolder(run, experiment).kept()
     if not broadcasts:
-        raise UserError(
-            f"{options.run} has no broadcasts: it is of an earlier version, or no federation"
-        )
-    console.print(f"{options.run}: preparing ...")
+        raise UserError(f"{run} has no broadcasts: it is of an earlier version, or no federation")
+    console.print(f"{run}: preparing ...")
     ladder = Ladder(experiment, broadcasts, history)
-    console.print(_threat(experiment, ladder))
+    threat = _threat(experiment, ladder)
+    console.print(threat)
     outcomes = []
-    for found in ladder.run(attacks):
-        outcomes.append(found)
-        console.print(f"{found.name:<28} {found.utility:.3f}")
-    report = _report(experiment, outcome, outcomes, ladder.floor())
+    for each in ladder.run(attacks):
+        outcomes.append(each)
+        console.print(f"{each.name:<28} {each.utility:.3f}")
+    console.print("measuring the server and the floor ...")
+    own = ladder.scored_floor()
+    utilities = {name: _utility(metrics) for name, (metrics, _) in own.items()}
+    report = _report(experiment, outcome, outcomes, utilities) | {"threat": threat}
+    has_server = report["protection"]["server"] is not None
+    adapter = trained(RunFolder(run, experiment)) if has_server else {}
+    found = protection_intervals(ladder, outcomes, own, adapter, experiment.seed)
+    _add_intervals(report, *found)
     files = [target]
     if options.curve:
         report["leak_curve"] = [
@@ -108,11 +155,11 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     if options.tracking_uri:
         from fedlpp_ray.tracking.run_log import RunLog
 
-        folder = RunFolder(options.run, experiment)
+        folder = RunFolder(run, experiment)
         RunLog(options.tracking_uri, experiment, folder).attacked(report, files)
     Console(highlight=False).print(_table(report))
     console.print(f"result    {target}")
-    return 0
+    return report
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -167,7 +214,7 @@ def _report(
     return {
         "adversary": experiment.adversary.model_dump(mode="json"),
         "attacks": [
-            {"name": each.name, **asdict(each), "protection": protection([each])["value"]}
+            {"name": each.name, **_plain(each), "protection": protection([each])["value"]}
             for each in outcomes
         ],
         "levels": {
@@ -178,6 +225,25 @@ def _report(
     }
 
 
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """An outcome without each example's score."""
+    return {key: value for key, value in vars(outcome).items() if key != "scores"}
+
+
+def _add_intervals(
+    report: dict[str, Any],
+    attacks: Mapping[str, Interval],
+    levels: Mapping[str, Interval],
+    total: Interval,
+) -> None:
+    """Each protection's interval over the held-out examples, beside it."""
+    for each in report["attacks"]:
+        each["interval"] = asdict(attacks[each["name"]])
+    for level, interval in levels.items():
+        report["levels"][level]["interval"] = asdict(interval)
+    report["protection"]["interval"] = asdict(total)
+
+
 def _utility(metrics: dict[str, Any]) -> float:
     """NaN, of a model that has diverged, is null in a result."""
     found = metrics[UTILITY]
@@ -185,21 +251,45 @@ def _utility(metrics: dict[str, Any]) -> float:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    shown = Table("attack", "level", "broadcasts", "utility", "protection", box=None)
+    columns = ("attack", "level", "broadcasts", "utility", "protection", "95 % interval")
+    shown = Table(*columns, box=None, title=report["threat"], title_justify="left")
     for each in report["attacks"]:
         utility = f"{each['metrics'][UTILITY]:.3f}"
         cells = [each["name"], each["level"], str(each["broadcasts"]), utility]
-        shown.add_row(*cells, _shown(each["protection"]))
+        shown.add_row(*cells, _shown(each["protection"]), _ends(each["interval"]))
     total = report["protection"]
-    name, utility = total["strongest"]
     shown.add_section()
-    shown.add_row(f"strongest: {name}", "", "", f"{utility:.3f}", _shown(total["value"]))
+    for level, each in report["levels"].items():
+        name, utility = each["strongest"]
+        cells = [f"strongest: {name}", level, "", f"{utility:.3f}", _shown(each["value"])]
+        shown.add_row(*cells, _ends(each["interval"]))
+    name, utility = total["strongest"]
+    cells = [f"strongest: {name}", "all", "", f"{utility:.3f}", _shown(total["value"])]
+    shown.add_row(*cells, _ends(total["interval"]))
     if total["server"] is not None:
         shown.add_row("server", "", "", f"{total['server']:.3f}", "")
     shown.add_row(f"floor: {total['floor'][0]}", "", "", f"{total['floor'][1]:.3f}", "")
     if total["reason"]:
         shown.caption = f"protection is undefined: {total['reason']}"
+    elif total["interval"]["reason"]:
+        shown.caption = f"no interval: {total['interval']['reason']}"
     return shown
+
+
+def _seeds_table(found: dict[str, Any]) -> Table:
+    seeds = ", ".join(map(str, found["seeds"]))
+    title = f"{found['threat']}; seeds {seeds}"
+    shown = Table("protection against", "mean", "95 % interval", "by seed", box=None, title=title)
+    for name, each in found["protection"].items():
+        values = " ".join(map(_shown, each["values"]))
+        shown.add_row(name, _shown(each["mean"]), _ends(each), values)
+    return shown
+
+
+def _ends(interval: dict[str, Any]) -> str:
+    if interval["low"] is None:
+        return "none"
+    return f"{interval['low']:+.3f} to {interval['high']:+.3f}"
 
 
 def _shown(protection: float | None) -> str:

@@ -11,6 +11,10 @@ from mlflow import MlflowClient
 
 from fedlpp_ray import attack, train
 from fedlpp_ray.config import Experiment, dump_experiment
+from fedlpp_ray.federation.checkpoint import trained
+from fedlpp_ray.federation.intervals import over_seeds
+from fedlpp_ray.federation.ladder import Ladder
+from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import DamagedError, RunFolder
 
 
@@ -126,3 +130,67 @@ def test_broadcasts_are_kept_whole_and_replaced_where_a_round_came_to_another(
     (tmp_path / "broadcasts" / "round-000002" / "8.safetensors").write_bytes(b"secund")
     with pytest.raises(DamagedError, match=r"8\.safetensors"):
         folder.kept()
+
+
+def test_every_protection_has_its_interval_over_the_held_out_examples(
+    run: Path, tmp_path: Path
+) -> None:
+    """What was measured again is what the run had measured, so that the interval is around it."""
+    out = tmp_path / "out.json"
+    assert attack.main([str(run), "--attacks", "last-broadcast,trend", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    total = report["protection"]
+    assert "adversary client" in report["threat"]
+    if total["value"] is None:
+        assert total["interval"]["low"] is None
+    elif total["interval"]["low"] is not None:
+        assert total["interval"]["low"] <= total["value"] <= total["interval"]["high"]
+    assert all(0 <= each["interval"]["undefined"] <= 1 for each in report["attacks"])
+
+
+def test_the_server_and_the_floor_are_measured_again_as_they_were(run: Path) -> None:
+    outcome = json.loads((run / "result.json").read_text())
+    experiment = Experiment.from_dict(outcome["config"])
+    folder = RunFolder(run, experiment)
+    history = [RoundRecord.from_dict(each) for each in outcome["history"]]
+    server, floor = Ladder(experiment, folder.kept(), history).compared(trained(folder))
+    assert server[0] == outcome["history"][-1]["server"]
+    assert floor["base"][0] == outcome["floor"]["base"]
+    assert floor["local_only"][0] == outcome["floor"]["local_only"]
+    for metrics, scores in (server, *floor.values()):
+        assert scores is not None
+        assert scores.utility == pytest.approx(metrics["utility"])
+
+
+def test_runs_with_other_seeds_give_a_mean_and_others_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    path = other / "result.json"
+    outcome = json.loads(path.read_text())
+    assert attack.main([str(run), str(other), "--attacks", "last-broadcast"]) == 2
+    assert "the runs' seeds are 0, 0: each may be there once" in capsys.readouterr().err
+    outcome["config"]["client"]["lr"] = 0.5
+    path.write_text(json.dumps(outcome))
+    assert attack.main([str(run), str(other), "--attacks", "last-broadcast"]) == 2
+    assert "client.lr is 0.5 in the checkpoint" in capsys.readouterr().err
+
+
+def test_the_mean_over_seeds_is_of_each_attack_each_level_and_all() -> None:
+    def report(value: float | None) -> dict[str, object]:
+        level = {"value": value, "server": 0.9, "strongest": ("a", 0.8), "floor": ("b", 0.3)}
+        attacks = [{"name": "a", "protection": value}]
+        return {
+            "threat": "t",
+            "attacks": attacks,
+            "levels": {"trained": level},
+            "protection": level,
+        }
+
+    found = over_seeds({0: report(0.1), 1: report(0.3)})
+    assert set(found["protection"]) == {"a", "strongest, trained", "strongest of all"}
+    assert found["protection"]["a"]["mean"] == pytest.approx(0.2)
+    assert found["protection"]["a"]["low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-4)
+    assert found["utilities"]["server"]["mean"] == 0.9
+    assert over_seeds({0: report(0.1), 1: report(None)})["protection"]["a"]["mean"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,12 +16,19 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import correction_of, load_client_base
 from fedlpp_ray.federation.sampling import colluders
-from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, store_in_bf16
+from fedlpp_ray.lora import (
+    ModelState,
+    add_adapter,
+    add_residuals,
+    at_rank,
+    store_in_bf16,
+    with_residuals,
+)
 from fedlpp_ray.privacy.view import Base
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.state import State
+from fedlpp_ray.state import State, part
 from fedlpp_ray.tasks import Metrics, Tokens, evaluation_batches
-from fedlpp_ray.training import FedProx, Training, client_descent, mean_loss
+from fedlpp_ray.training import FedProx, Scored, Training, client_descent, mean_loss, whole_descent
 
 
 def bases_of(experiment: Experiment) -> tuple[Base, ...]:
@@ -184,6 +192,35 @@ class Bench:
     def measure(self, state: State, base: Base) -> Metrics:
         """Of a state on the held-out examples, which no attack sees."""
         return self._text.evaluate(self._put(state, base), self._device)
+
+    def score(self, state: State, base: Base) -> Scored:
+        """As `measure`, and each held-out example for itself.
+
+        A state may have a residual of every adapted layer, also where the model has none.
+        """
+        held = self._held[base]
+        extra = any(part(name) == "residual" for name in state.keys() - held.initial.keys())
+        with with_residuals(held.model) if extra else nullcontext():
+            (ModelState(held.model) if extra else held.state).write(state)
+            return self._text.score(held.model, self._device)
+
+    def alone(self) -> dict[str, Scored]:
+        """What the strongest colluder has without taking part, as the run's `Floor` names it."""
+        experiment, strongest = self._experiment, self._text.strongest
+        held, rank = self._held["client"], experiment.lora.rank_of(strongest)
+        found = {"base": self.score(self.initial, "client")}
+        self._put({n: at_rank(n, x, rank) for n, x in self.initial.items()}, "client")
+        Training(
+            held.model,
+            self._text.client(strongest),
+            experiment.client,
+            steps=experiment.federation.rounds * self._text.steps(strongest),
+            seed=derive(experiment.seed, "local", 0, strongest),
+            pad=self._text.pad,
+            device=self._device,
+            descent=whole_descent(experiment),
+        ).run()
+        return found | {"local_only": self._text.score(held.model, self._device)}
 
     def _put(self, state: State, base: Base) -> nn.Module:
         self._held[base].state.write(state)

@@ -14,14 +14,24 @@ from torch import nn
 from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
-from fedlpp_ray.tasks import Encoded, Prompts, Tokens, Wording, load_corpus, share_out
+from fedlpp_ray.tasks import (
+    Encoded,
+    Prompts,
+    Tokens,
+    Wording,
+    load_corpus,
+    share_out,
+)
 from fedlpp_ray.tasks.examples import Indices
 from fedlpp_ray.training import (
     ALONE,
     Evaluator,
     Group,
+    Scorer,
     classification_evaluator,
+    classification_scorer,
     generation_evaluator,
+    generation_scorer,
 )
 
 
@@ -64,6 +74,14 @@ class FederatedText:
         if isinstance(held_out, Prompts):
             return generation_evaluator(held_out, self._wording(), self.pad, experiment, group)
         return classification_evaluator(held_out, self.pad, experiment, group)
+
+    @cached_property
+    def score(self) -> Scorer:
+        """As `evaluate`, and each held-out example for itself."""
+        held_out, experiment, group = self._held_out, self._experiment, self._group
+        if isinstance(held_out, Prompts):
+            return generation_scorer(held_out, self._wording(), self.pad, experiment, group)
+        return classification_scorer(held_out, self.pad, experiment, group)
 
     def held_out(self) -> tuple[Encoded, Sequence[int] | NDArray[np.int32]]:
         """What models are measured on, prompts with their first reference; and its labels."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.bench import Bench
+from fedlpp_ray.federation.compared import score_server
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.wire import Broadcast, Wire
+from fedlpp_ray.privacy import Scores
 from fedlpp_ray.privacy.attacks import Known
 from fedlpp_ray.privacy.view import Base, View
 from fedlpp_ray.state import schema_of
 from fedlpp_ray.tasks import UTILITY, Metrics
-from fedlpp_ray.training import configure_torch
+from fedlpp_ray.training import Scored, configure_torch
 
 ON: dict[Base, str] = {"client": "", "public": " on W0", "corrected": " on W0 + R"}
 """What a name says of the base that a state is put into."""
@@ -37,6 +39,7 @@ class Outcome:
         broadcasts: Number of broadcasts that it was given.
         round: After which the server had the state of the newest of them.
         metrics: On the held-out examples.
+        scores: Of each of them; None where the utility is no mean of them.
     """
 
     attack: str
@@ -45,6 +48,7 @@ class Outcome:
     broadcasts: int
     round: int
     metrics: Metrics
+    scores: Scores | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -110,6 +114,7 @@ class Ladder:
         runtime = experiment.runtime
         device = configure_torch(runtime.threads, runtime.client_gpus)
         text = FederatedText(experiment)
+        self._text, self._device = text, device
         emulator = None
         if experiment.emulator.kind != "none":
             emulator = emulate(experiment, text, load_base(experiment, text), device)
@@ -141,8 +146,8 @@ class Ladder:
         for base in self.bases:
             view = replace(self.view, received=received, base=base)
             for name, known in attacks.items():
-                metrics = self._bench.measure(known.attack(view), base)
-                yield Outcome(name, base, known.level, len(received), round, metrics)
+                metrics, scores = self._bench.score(known.attack(view), base)
+                yield Outcome(name, base, known.level, len(received), round, metrics, scores)
 
     def curve(self, attacks: Mapping[str, Known], every: int) -> Iterator[Outcome]:
         """The strongest of the attacks that only read broadcasts, after every so many of these.
@@ -159,12 +164,25 @@ class Ladder:
 
     def floor(self) -> dict[str, float]:
         """Utility of what the adversary has without the broadcasts: its examples, in each base."""
+        return {name: float(metrics[UTILITY]) for name, (metrics, _) in self.scored_floor().items()}
+
+    def scored_floor(self) -> dict[str, Scored]:
+        """As `floor`, with each held-out example."""
         return {
-            f"tuned alone{ON[base]}": float(
-                self._bench.measure(self._bench.tune(self._bench.initial, base), base)[UTILITY]
+            f"tuned alone{ON[base]}": self._bench.score(
+                self._bench.tune(self._bench.initial, base), base
             )
             for base in self.bases
         }
+
+    def compared(self, adapter: Mapping[str, bytes]) -> tuple[Scored, dict[str, Scored]]:
+        """The server's final model, and the run's own floor, measured again for their examples.
+
+        Args:
+            adapter: The server's, as `checkpoint.trained` reads it.
+        """
+        server = score_server(self._experiment, self._text, self._device, adapter)
+        return server, self._bench.alone()
 
     def _readable(
         self, broadcasts: Mapping[int, Broadcast], history: Iterable[RoundRecord]

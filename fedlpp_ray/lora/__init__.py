@@ -15,6 +15,7 @@ from fedlpp_ray.lora.state import (
     at_rank,
     read_state,
     trainable,
+    with_residuals,
     write_state,
 )
 from fedlpp_ray.lora.whole import LoraError
@@ -32,5 +33,6 @@ __all__ = [
     "save_adapter",
     "store_in_bf16",
     "trainable",
+    "with_residuals",
     "write_state",
 ]

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
 from fedlpp_ray.state import FACTOR_AXIS, Part, State, name_of, part
 
@@ -26,16 +27,34 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(named.items()))
 
 
-def add_residuals(model: nn.Module) -> None:
+def add_residuals(model: nn.Module) -> list[RemovableHandle]:
     """Give every adapted layer a residual E, at first zero: h = W0 x + (alpha/r) (B A + E) x.
 
     E (d_out, d_in) is a frozen buffer beside the base, whatever the base's format.
+
+    Returns:
+        What takes E out of each layer's computation again.
     """
+    handles = []
     for module in _lora_layers(model).values():
         b, a = module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].weight
         residual = torch.zeros(b.shape[0], a.shape[1], device=a.device)
         module.register_buffer("residual", residual, persistent=False)
-        module.register_forward_hook(_add_residual)
+        handles.append(module.register_forward_hook(_add_residual))
+    return handles
+
+
+@contextmanager
+def with_residuals(model: nn.Module) -> Iterator[None]:
+    """Inside the block every adapted layer has a residual (`add_residuals`); after it, none."""
+    handles = add_residuals(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in _lora_layers(model).values():
+            del module.residual
 
 
 def _add_residual(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

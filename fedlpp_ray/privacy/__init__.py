@@ -24,18 +24,30 @@ from fedlpp_ray.privacy.membership import (
     reference_scores,
 )
 from fedlpp_ray.privacy.protection import Protection, measure_protection
+from fedlpp_ray.privacy.uncertainty import (
+    Interval,
+    Scores,
+    SeedMean,
+    bootstrap_protection,
+    mean_over_seeds,
+)
 
 __all__ = [
     "Gradient",
+    "Interval",
     "Inversion",
     "Losses",
     "Membership",
     "PrivacyError",
     "Protection",
+    "Scores",
+    "SeedMean",
     "Span",
+    "bootstrap_protection",
     "gradient_of_step",
     "loss_scores",
     "match_labels",
+    "mean_over_seeds",
     "measure_inversion",
     "measure_membership",
     "measure_protection",

@@ -10,8 +10,12 @@ from fedlpp_ray.training.device import (
 from fedlpp_ray.training.distill import distill
 from fedlpp_ray.training.evaluation import (
     Evaluator,
+    Scored,
+    Scorer,
     classification_evaluator,
+    classification_scorer,
     generation_evaluator,
+    generation_scorer,
     mean_loss,
 )
 from fedlpp_ray.training.first_inputs import FirstInputs, first_inputs
@@ -42,9 +46,12 @@ __all__ = [
     "Group",
     "Scaffold",
     "Schedule",
+    "Scored",
+    "Scorer",
     "Subnetwork",
     "Training",
     "classification_evaluator",
+    "classification_scorer",
     "client_descent",
     "compute_dtype",
     "computing",
@@ -54,6 +61,7 @@ __all__ = [
     "first_inputs",
     "follow",
     "generation_evaluator",
+    "generation_scorer",
     "mean_loss",
     "next_server_variate",
     "predictions",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.lora import merged
+from fedlpp_ray.privacy import Scores
 from fedlpp_ray.tasks import (
     IGNORED,
     UTILITY,
@@ -26,17 +26,23 @@ from fedlpp_ray.tasks import (
     text_metrics,
 )
 from fedlpp_ray.training.decoding import write
-from fedlpp_ray.training.device import compute_dtype, computing
 from fedlpp_ray.training.group import ALONE, Group
 from fedlpp_ray.training.loss import predictions
+from fedlpp_ray.training.losses import target_losses
+from fedlpp_ray.training.reading import reading
 
 Evaluator = Callable[[nn.Module, torch.device], Metrics]
 """Measures a model, which is left in evaluation mode."""
+Scored = tuple[Metrics, Scores | None]
+"""What a model was measured at, and example by example; None where the utility is no mean of
+examples, as a corpus's BLEU is none."""
+Scorer = Callable[[nn.Module, torch.device], Scored]
+"""Measures a model likewise, and each held-out example, in the same order of all models."""
 
 
-def classification_evaluator(
+def classification_scorer(
     encoded: Encoded, pad: int, experiment: Experiment, group: Group = ALONE
-) -> Evaluator:
+) -> Scorer:
     """Measures the task's metrics; `utility` is that which the experiment names.
 
     All are NaN where a logit is not finite: the model has diverged.
@@ -49,12 +55,49 @@ def classification_evaluator(
     """
     batches = evaluation_batches(encoded, pad, experiment.evaluation.batch_size)
 
-    def measure(model: nn.Module, device: torch.device) -> Metrics:
+    def measure(model: nn.Module, device: torch.device) -> Scored:
         with reading(model, device):
             logits = group.map(lambda x: predictions(model, x, device)[0].float().cpu(), batches)
         labels = torch.cat([batch["labels"] for batch in batches])
         found = torch.cat(logits)
-        return _checked(classification_metrics(found, labels), found.isfinite().all(), experiment)
+        metrics, finite = classification_metrics(found, labels), bool(found.isfinite().all())
+        right = (found.argmax(1) == labels).double().numpy()
+        scores = None
+        if experiment.utility == "accuracy":
+            scores = Scores(right if finite else right * math.nan, np.ones(len(right)))
+        return _checked(metrics, finite, experiment), scores
+
+    return measure
+
+
+def classification_evaluator(
+    encoded: Encoded, pad: int, experiment: Experiment, group: Group = ALONE
+) -> Evaluator:
+    """`classification_scorer`, whose arguments it takes, without the examples."""
+    scorer = classification_scorer(encoded, pad, experiment, group)
+    return lambda model, device: scorer(model, device)[0]
+
+
+def generation_scorer(
+    held_out: Prompts, wording: Wording, pad: int, experiment: Experiment, group: Group = ALONE
+) -> Scorer:
+    """As `generation_evaluator`, whose arguments it takes.
+
+    Of `log_likelihood` a prompt with its references is an example, and their tokens its weight.
+    """
+    evaluate = generation_evaluator(held_out, wording, pad, experiment, group)
+
+    def measure(model: nn.Module, device: torch.device) -> Scored:
+        metrics = evaluate(model, device)
+        if experiment.utility != "log_likelihood":
+            return metrics, None
+        size = experiment.evaluation.batch_size
+        losses = target_losses(model, wording.encode(held_out), pad, device, size)
+        first = np.cumsum([0, *map(len, held_out.references)])[:-1]
+        totals = np.add.reduceat([x.sum() for x in losses], first)
+        tokens = np.add.reduceat([float(len(x)) for x in losses], first)
+        diverged = 0.0 if math.isfinite(metrics[UTILITY]) else math.nan
+        return metrics, Scores(diverged - totals / tokens, tokens)
 
     return measure
 
@@ -131,14 +174,6 @@ def _likelihood(
     total, tokens = sum(loss for loss, _ in found), sum(count for _, count in found)
     loss = total / tokens
     return {"log_likelihood": -loss, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-@contextmanager
-def reading(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without gradients and adapters' branches, in the format that the model computes in."""
-    dtype = compute_dtype(model.eval())
-    with merged(model, dtype), computing(dtype, device), torch.no_grad():
-        yield
 
 
 def _checked(metrics: Metrics, finite: Any, experiment: Experiment) -> Metrics:

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from fedlpp_ray.privacy import Losses
 from fedlpp_ray.tasks import IGNORED, Batch, Encoded, collate
-from fedlpp_ray.training.evaluation import reading
 from fedlpp_ray.training.loss import predictions
+from fedlpp_ray.training.reading import reading
 
 
 def target_losses(

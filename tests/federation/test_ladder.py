@@ -112,6 +112,15 @@ def test_every_attack_runs_in_both_bases_and_gives_the_same_numbers_again(run: R
     assert best.utility == max(each.utility for each in first)
 
 
+def test_a_residual_is_there_for_its_measure_alone(run: Run) -> None:
+    """The whole mean of one broadcast's products is that broadcast."""
+    ladder = run.ladder()
+    names = ["last-broadcast", "mean-products-full", "last-broadcast"]
+    one = [next(iter(ladder.run(find_attacks([name]), 1))) for name in names]
+    assert one[0].metrics == one[2].metrics
+    assert one[1].metrics["loss"] == pytest.approx(one[0].metrics["loss"], rel=1e-5)
+
+
 def test_where_w0_is_proprietary_or_clients_have_it_there_is_one_base(
     run: Run, tiny_experiment: Experiment
 ) -> None:

@@ -15,7 +15,7 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
 from fedlpp_ray.privacy.view import Base, Received, View, ViewError
 from fedlpp_ray.quantization import Quantizer
-from fedlpp_ray.state import State
+from fedlpp_ray.state import State, part
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
 
@@ -112,6 +112,17 @@ def test_a_mean_of_products_is_the_best_of_its_rank() -> None:
     torch.testing.assert_close(found[HEAD], (states[0][HEAD] + states[1][HEAD]) / 2)
 
 
+@pytest.mark.parametrize(("name", "weight"), [("mean", 0.5), ("recent", 1 / (1 + 2 ** (-1 / 3)))])
+def test_a_whole_mean_of_products_loses_nothing(name: str, weight: float) -> None:
+    states = [state(1), state(2)]
+    found = ATTACKS[f"{name}-products-full"].attack(view_of(states))
+    mean = (1 - weight) * weights(states[0]) + weight * weights(states[1])
+    whole = found["layer.residual.weight"].double() + weights(found)
+    torch.testing.assert_close(whole, mean, atol=1e-5, rtol=0)
+    cut = ATTACKS[f"{name}-products"].attack(view_of(states))
+    assert float((weights(cut) - mean).norm()) > 0.3 * float(mean.norm())
+
+
 def test_recent_broadcasts_weigh_twice_as_much_as_those_three_before() -> None:
     states = [{HEAD: torch.tensor([float(value)])} for value in (1, 0, 0, 0)]
     by_hand = 0.5 / (1 + 2 ** (-1 / 3) + 2 ** (-2 / 3) + 0.5)
@@ -183,7 +194,7 @@ def test_an_attack_changes_nothing_of_what_it_was_given(name: str) -> None:
     view = view_of(broadcasts(state(), 3))
     before = [{n: t.clone() for n, t in each.state.items()} for each in view.received]
     found = ATTACKS[name].attack(view)
-    assert found.keys() == before[0].keys()
+    assert {n for n in found if part(n) != "residual"} == before[0].keys()
     for each, old in zip(view.received, before, strict=True):
         assert all(torch.equal(each.state[n], old[n]) for n in old)
 

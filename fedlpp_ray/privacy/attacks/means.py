@@ -42,6 +42,18 @@ def recent_products(view: View) -> State:
     return average_products(view, recent(view))
 
 
+@attack("mean-products-full", "broadcast")
+def mean_products_full(view: View) -> State:
+    """(1/T) sum_t B_t A_t whole, beside factors whose product is zero."""
+    return average_products_whole(view, [1.0] * len(view.received))
+
+
+@attack("recent-products-full", "broadcast")
+def recent_products_full(view: View) -> State:
+    """As `mean-products-full`, with weights that halve every `HALVING` broadcasts back."""
+    return average_products_whole(view, recent(view))
+
+
 def recent(view: View) -> list[float]:
     """Weights 2^(-age / HALVING); the newest broadcast has age 0, all its editions have."""
     made = sorted({each.made for each in view.received}, reverse=True)
@@ -71,6 +83,24 @@ def average_products(view: View, weights: list[float]) -> State:
         root = s[:kept].sqrt()
         found[a] = _filled(found[a], root[:, None] * vh[:kept], 0)
         found[b] = _filled(found[b], u[:, :kept] * root, 1)
+    return found
+
+
+def average_products_whole(view: View, weights: list[float]) -> State:
+    """Weighted mean of the products in no factors: each layer's is its residual, (d_out, d_in).
+
+    Without LoRA's factors it is the mean of all tensors.
+    """
+    total = sum(weights)
+    found = average(view, weights)
+    for layer in layers_of(sorted(found)):
+        b, residual = name_of(layer, "B"), name_of(layer, "residual")
+        if b not in found:
+            continue
+        products = [product(each.state, layer) for each in view.received]
+        mean = combine(products, [w / total for w in weights]).dense().float()
+        found[residual] = mean + found.get(residual, torch.zeros_like(mean))
+        found[b] = torch.zeros_like(found[b])
     return found
 
 
