@@ -55,7 +55,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("size", [(64, 2), (384, 6)], ids=["tiny", "as wide and deep as MiniLM"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((64, 2), id="tiny"),
+        pytest.param((384, 6), id="as wide and deep as MiniLM", marks=pytest.mark.slow),
+    ],
+)
 def test_the_estimate_is_near_what_a_process_takes(
     tiny_experiment: Experiment, tmp_path: Path, size: tuple[int, int]
 ) -> None:

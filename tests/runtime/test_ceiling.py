@@ -84,6 +84,7 @@ def fits() -> list[str]:
     return folders + [thread.name for thread in threading.enumerate() if thread.name == "fit"]
 
 
+@pytest.mark.slow
 def test_one_worker_has_the_bits_of_a_process(experiment: Experiment, tmp_path: Path) -> None:
     """In the run's own reservation, resumed in other workers, and nothing is left of either."""
     here, before = Solo(experiment), (reservations(), fits())

@@ -114,7 +114,8 @@ def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     assert actor_of(actors, party) != lost
 
 
-@pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("party", ["server", "client"])
 def test_a_rank_that_is_lost_between_runs_is_made_good(
     spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
 ) -> None:

@@ -59,6 +59,7 @@ def space_file(tmp_path: Path, tiny_experiment: Experiment) -> Path:
     return tmp_path / "space.py"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_failed_and_stopped_trials_cost_only_themselves(space_file: Path) -> None:
     space = load_space(space_file)
@@ -159,7 +160,11 @@ tune_config = tune.TuneConfig(max_concurrent_trials=1)
 
 
 @pytest.mark.parametrize(
-    ("method", "actors"), [("federated", {"Party": 2}), ("centralised", {"RayTrainWorker": 1})]
+    ("method", "actors"),
+    [
+        ("federated", {"Party": 2}),
+        pytest.param("centralised", {"RayTrainWorker": 1}, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("cluster")
 def test_one_trial_after_the_other_uses_the_same_actors(

@@ -67,7 +67,7 @@ def train(group: Group, examples: Encoded, rule: str) -> tuple[float, State]:
 
 
 @pytest.mark.parametrize("rule", ["none", "FedProx", "SCAFFOLD"])
-@pytest.mark.parametrize("size", ["two", "four"])
+@pytest.mark.parametrize("size", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_experts_that_only_some_ranks_reach_are_trained_as_by_one_process(
     request: pytest.FixtureRequest, size: str, rule: str
 ) -> None:
