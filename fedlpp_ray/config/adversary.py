@@ -16,8 +16,13 @@ Watched = Literal[
     "trend",
     "interval",
     "crossings",
+    "aligned-last",
+    "aligned-factors",
+    "aligned-trend",
+    "aligned-interval",
 ]
-"""The attacks that are arithmetic on broadcasts, and need no example of the adversary's."""
+"""The attacks that are arithmetic on broadcasts, need no example of the adversary's and leave an
+adapter of its rank."""
 
 
 class AdversaryConfig(Section):

@@ -106,7 +106,8 @@ def test_a_run_interrupted_while_a_broadcast_lasts_goes_on_with_the_same_bits(
     folder = tmp_path / checkpoint.BROADCASTS
     kept = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
     expected = ["1/2.safetensors", "1/4.safetensors"]
-    assert kept == (expected if after < 3 else [])  # in round 4 another one is made
+    # In round 4 another one is made; what the strongest client, of rank 4, has read is attacked.
+    assert kept == (expected if after < 3 else expected[1:])
 
 
 def test_a_lasting_broadcast_keeps_its_gauge(tiny_experiment: Experiment) -> None:

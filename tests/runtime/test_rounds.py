@@ -154,7 +154,7 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, bytes]]:
 def test_the_broadcast_is_put_once_a_round(
     tiny_experiment: Experiment, actors: RayBackend, puts: list[dict[int, bytes]]
 ) -> None:
-    run(tiny_experiment, actors)
+    run(tiny_experiment.with_values({"adversary.watch": []}), actors)
     # One for each of 3 rounds, and one for the state that the last evaluation measures.
     assert len(puts) == tiny_experiment.federation.rounds + 1
     assert all(list(map(type, value.values())) == [bytes] for value in puts)
@@ -163,8 +163,16 @@ def test_the_broadcast_is_put_once_a_round(
 def test_a_broadcast_that_lasts_is_put_once(
     tiny_experiment: Experiment, actors: RayBackend, puts: list[dict[int, bytes]]
 ) -> None:
-    run(tiny_experiment.with_values(LASTING), actors)
+    run(tiny_experiment.with_values(LASTING | {"adversary.watch": []}), actors)
     assert len(puts) == 2  # of rounds 1 and 4
+
+
+def test_the_broadcasts_that_are_attacked_are_put_once_more_when_the_leak_is_due(
+    tiny_experiment: Experiment, actors: RayBackend, puts: list[dict[int, Any]]
+) -> None:
+    run(tiny_experiment, actors)
+    *made, newest = puts
+    assert newest == dict(enumerate(made, 1))
 
 
 def test_a_client_is_sent_its_own_edition_alone(
