@@ -76,6 +76,7 @@ def test_one_step_is_inverted_and_noise_is_named(
     tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"federation.local_steps": 1, "federation.rounds": 1, "client.batch_size": 1}
+    values |= {"federation.client_fraction": 0.25}
     experiment = tiny_experiment.with_values(DP | values)
     (tmp_path / "x.yaml").write_text(dump_experiment(experiment, "x", "x"), encoding="utf-8")
     run = tmp_path / "run"
@@ -133,12 +134,12 @@ def test_runs_without_updates_are_refused(
     [
         {"uplink.bits": 4, "client.base_bits": 4},
         {"uplink.bits": 2, "uplink.error_feedback": True},
-        {"client.scaffold": True},
-        {"server.aggregation": "fedsa_lora"},
+        {"client.scaffold": True, "client.optimizer": "sgd", "client.momentum": 0.0},
+        {"server.aggregation": "fedsa-lora", "evaluation.server": False},
         {"dp.clip": 0.5, "dp.adaptive": True, "dp.noise": "clients", "dp.count_noise": 3.0}
         | {"server.weighting": "uniform"},
         {"federation.mode": "fedbuff", "federation.buffer": 2, "simulation.speed_spread": 1.0},
-        {"downlink.every": 2, "downlink.rotate": "broadcast"},
+        {"downlink.every": 2, "downlink.rotate": "round"},
     ],
     ids=["bits", "error feedback", "scaffold", "personal", "dp", "fedbuff", "every"],
 )
