@@ -64,7 +64,7 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     os.environ.update(experiment.runtime.environment)  # torch reads it when it is imported
     # These take seconds to import; a wrong RUN is refused before.
     from fedlpp_ray.federation.probes import Probes, server_view
-    from fedlpp_ray.federation.recomputed import check_recomputable, choose
+    from fedlpp_ray.federation.recomputed import all_sent, check_recomputable, choose
     from fedlpp_ray.federation.records import RoundRecord
     from fedlpp_ray.federation.results import to_json
 
@@ -75,6 +75,9 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     if not broadcasts:
         raise UserError(f"{run} has no broadcasts: it is of an earlier version, or of a sweep")
     console.print(f"{run}: preparing ...")
+    there = [x for x in all_sent(history) if x.round in {each.round for each in chosen}]
+    if clients is None and len(there) > len(chosen):
+        console.print(f"{len(chosen)} of {len(there)} updates; --clients has others")
     view = server_view(experiment, history[chosen[-1].round - 1])
     console.print(view)
     found = []

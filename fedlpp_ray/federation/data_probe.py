@@ -109,12 +109,11 @@ class DataProbe:
     def membership(
         self, client: int, seen: Seen, *, matched: bool = True
     ) -> Mapping[str, Membership]:
-        """How well D + u tells the client's training examples from held-out ones.
-
-        Args, raises: as `member_scores`.
+        """How well each of `member_scores` tells the client's training examples from others.
 
         Raises:
-            PrivacyError: a model has diverged, too.
+            PrivacyError: no held-out example has a label of the client's, or a model has diverged.
+            ValueError: the names of D or u are not the model's.
         """
         scores = self.member_scores(client, seen, matched=matched)
         return {name: each.measure() for name, each in scores.items()}
@@ -148,7 +147,8 @@ class DataProbe:
         """
         ours, theirs, labels = self._compared(client, matched)
         numbers = self.text.partition.indices(client)
-        sides = self.text.client(client).take(ours), [self.text.held_out()[0][i] for i in theirs]
+        held_out, _ = self.text.held_out()
+        sides = self.text.client(client).take(ours), [held_out[i] for i in theirs]
         if unknown := sorted(seen.update.keys() - seen.broadcast.keys()):
             raise ValueError(f"the update has {unknown[0]}, which the broadcast has not")
         attacked = {n: seen.broadcast[n] + u for n, u in seen.update.items()}

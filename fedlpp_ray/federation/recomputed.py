@@ -80,7 +80,8 @@ def choose(
         if not any(each.client == client and each.round in chosen for each in of_clients):
             raise UserError(f"--clients {client}: {_why(history, chosen, client)}")
     if missing := [x for x in chosen if not any(each.round == x for each in of_clients)]:
-        raise UserError(f"--rounds {missing[0]}: no update was folded in it")
+        whose = " of these clients" if clients else ""
+        raise UserError(f"--rounds {missing[0]}: no update{whose} was folded in it")
     if not chosen:
         raise UserError("the run has folded no update")
     found = [[each for each in of_clients if each.round == x] for x in sorted(set(chosen))]
