@@ -156,7 +156,7 @@ def _membership_table(report: dict[str, Any]) -> Table:
     for each in report["pooled"]:
         round = "all" if each["round"] is None else str(each["round"])
         shown.add_row(round, "all", each["score"], *_cells(each))
-    lines = ["TPR: at 1 % false positives, where 100 different non-members are there"]
+    lines = ["TPR: at 1 % false positives; none with fewer than 100 different non-members"]
     shown.caption = "\n".join([*lines, *_refusals(report, "membership")])
     return shown
 
@@ -190,7 +190,7 @@ def _cells(measured: dict[str, Any]) -> tuple[str, ...]:
         str(measured["non_members"]),
         f"{measured['auc']:.3f}",
         "none" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}",
-        f"{tpr:.3f}" if tpr is not None else str(measured["reason"]).partition(";")[0],
+        f"{tpr:.3f}" if tpr is not None else "none",
     )
 
 
