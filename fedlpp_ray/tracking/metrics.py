@@ -141,6 +141,30 @@ def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
+def probe_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """By round: what updates gave away (the report of `fedlpp_ray.probe`), and at the last all.
+
+    Of membership over the clients of a round together, and over all updates (`.../all/...`); of
+    inversion the mean over a round's updates.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for each in report["pooled"]:
+        whole = each["round"] is None
+        step = report["updates"][-1]["round"] if whole else each["round"]
+        name = f"probe/membership{'/all' if whole else ''}/{each['score']}"
+        found.setdefault(step, {})[f"{name}/auc"] = each["auc"]
+        if each["tpr"] is not None:
+            found[step][f"{name}/tpr"] = each["tpr"]
+    for round in dict.fromkeys(each["round"] for each in report["updates"]):
+        parts = [x["inversion"] for x in report["updates"] if x["round"] == round]
+        for factor in dict.fromkeys(key for part in parts for key in part):
+            for key in ("auc", "informed", "recall"):
+                values = [part[factor][key] for part in parts if factor in part]
+                name = f"probe/inversion/{factor}/{key}"
+                found.setdefault(round, {})[name] = sum(values) / len(values)
+    return dict(sorted(found.items()))
+
+
 def reported(result: Mapping[str, Any]) -> dict[str, float]:
     """Of a trial's result those numbers that the run reported, without what Tune adds."""
     return {key: value for key, value in result.items() if key in _ALL}

@@ -17,7 +17,12 @@ from fedlpp_ray.federation.checkpoint import ADAPTER, FINAL
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
 from fedlpp_ray.storage.runs import RESULT
-from fedlpp_ray.tracking.metrics import attack_metrics, final_metrics, round_metrics
+from fedlpp_ray.tracking.metrics import (
+    attack_metrics,
+    final_metrics,
+    probe_metrics,
+    round_metrics,
+)
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
@@ -75,11 +80,17 @@ class RunLog:
 
     def attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Log what attacks on the finished run came to, and the files that say more."""
-        self._try(lambda: self._attacked(report, files))
+        self._try(lambda: self._afterwards(attack_metrics(report), files))
 
-    def _attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def probed(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Log what the finished run's updates gave away, and the files that say more."""
+        self._try(lambda: self._afterwards(probe_metrics(report), files))
+
+    def _afterwards(
+        self, by_round: Mapping[int, Mapping[str, float]], files: Sequence[Path]
+    ) -> None:
         run_id = self._run()
-        for step, metrics in attack_metrics(report).items():
+        for step, metrics in by_round.items():
             self._tracker.log(run_id, metrics, step)
         for path in files:
             self._tracker.client.log_artifact(run_id, str(path))
