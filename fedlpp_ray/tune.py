@@ -55,6 +55,7 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     from fedlpp_ray.tracking.mlflow_runs import Tracker, default_uri
 
     space = load_space(options.space, options.overrides, options.max_trials)
+    logging.getLogger("optuna").setLevel(logging.WARNING)  # after its import, which sets INFO
     remote = "://" in options.storage
     local = Path("results" if remote else options.storage).resolve()
     _check_storage(options.storage, local, remote=remote)

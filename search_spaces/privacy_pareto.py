@@ -9,10 +9,11 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.runtime.bundles import Bundles
 
 base = "../configs/trec_minilm.yaml"
 
-bundles = {
+bundles: Bundles = {
     "lora.rank": {rank: {"lora.rank": rank, "lora.alpha": 2 * rank} for rank in (4, 8, 16)},
     # One at a time, and all valid with every other choice. `replace` is the server's other rule;
     # `pull` is the same at server.lr 1.

@@ -67,6 +67,7 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
     console.print(console_table(table, ["downlink.bits", "lora.rank"]))
     best, undefined, failed, stopped = console.export_text().splitlines()[1:]
     assert best.split()[:3] == ["*", "2", "4"]
+    assert best.split()[3] == f"{outcomes[0].metrics['final/utility']:.3f}"
     assert "+0.250" in best
     assert "undefined" in undefined
     assert failed.split() == ["8", "4", "-", "-", "-", "-", "-", "failed", "-", "-"]
@@ -86,7 +87,9 @@ def test_plots_are_drawn_also_of_sweeps_with_failures(
 def test_a_sweep_without_server_models_has_a_table_and_a_plot(
     outcomes: list[TrialOutcome], tmp_path: Path
 ) -> None:
-    metrics = {k: v for k, v in outcomes[0].metrics.items() if not k.startswith("server/")}
+    metrics = {
+        k: v for k, v in outcomes[0].metrics.items() if k.split("/")[0] not in ("server", "final")
+    }
     table = summarize(
         [replace(outcomes[0], metrics=metrics)], ["downlink.bits"], {"bytes/total": "min"}
     )
