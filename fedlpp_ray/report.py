@@ -75,7 +75,8 @@ def non_dominated(points: Any, directions: Iterable[str]) -> list[bool]:
 
 def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
     """The summary for the terminal; a star marks the non-dominated trials."""
-    shown = Table("", *[key.rpartition(".")[2] for key in keys], *_COLUMNS.values(), box=None)
+    titles = [key.rpartition(".")[2].replace("_", " ") for key in keys]  # words, to break lines at
+    shown = Table("", *titles, *_COLUMNS.values(), box=None)
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
         if row["status"] != "finished":

@@ -75,6 +75,18 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
     assert "stopped after round 1" in stopped
 
 
+def test_a_search_of_many_keys_is_shown_in_full() -> None:
+    keys = ["downlink.bits", "downlink.kind", "downlink.block", "downlink.full_precision_head"]
+    keys += ["client.base_bits", "lora.rank", "federation.client_fraction", "defence"]
+    config = dict(zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "norm"], strict=True))
+    stopped = TrialOutcome("1", config, {"server/utility": 0.5, "round": 4.0}, None)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(console_table(summarize([stopped], keys, OBJECTIVES), keys))
+    words = console.export_text().split()
+    assert set(map(str, config.values())) | {"full", "precision", "head", "fraction"} <= set(words)
+    assert not any("…" in word for word in words)
+
+
 def test_plots_are_drawn_also_of_sweeps_with_failures(
     outcomes: list[TrialOutcome], tmp_path: Path
 ) -> None:
