@@ -10,7 +10,7 @@ from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.config.adversary import Watched
 from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
-from fedlpp_ray.federation.results import leak_of
+from fedlpp_ray.federation.results import last_server, leak_of
 from fedlpp_ray.messages import total_bytes
 from fedlpp_ray.tasks import MEASURES, TEXT_MEASURES, UTILITY
 
@@ -27,7 +27,9 @@ _PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_comp
 LEAK = "leak"
 """Prefix of what attacks on the newest broadcasts came to, and of the strongest of them."""
 FINAL = "final"
-"""Prefix of the metrics of the server's final model."""
+"""Prefix of the metrics of the model that the server ends with: its final one, or the last
+round's. Its utility is that of protection."""
+FINAL_UTILITY = f"{FINAL}/{UTILITY}"
 _FLOORS = ("floor_base", "floor_local_only")
 _OF_ANY_TASK = (
     *(f"seconds/{phase}" for phase in (*_PHASES, "total", "simulated", "run")),
@@ -47,13 +49,9 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
     measures = MEASURES[experiment.task.kind]
     if experiment.generation.examples == 0:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
-    names = _names((*models, *_finals(experiment), *_FLOORS), measures)
+    finals = (FINAL,) if "server" in models else ()
+    names = _names((*models, *finals, *_FLOORS), measures)
     return (*names, *_dp_names(experiment), *_leak_names(experiment))
-
-
-def _finals(experiment: Experiment) -> tuple[str, ...]:
-    made = experiment.method == "federated" and experiment.server.makes_final
-    return (FINAL,) if made and experiment.evaluation.server else ()
 
 
 def _dp_names(experiment: Experiment) -> tuple[str, ...]:
@@ -111,14 +109,13 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
 def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     """What only a finished run has, from its result (`fedlpp_ray.federation.results`).
 
-    The server's final model, if there is one, the floor, the strongest utility of a client (NaN
-    without clients), protection, and the time of all rounds.
+    The model that the server ends with, if it has one, the floor, the strongest utility of a client
+    (NaN without clients), protection, and the time of all rounds.
     """
     protection = outcome[PROTECTION]
     strongest = protection["strongest"]
-    final = outcome.get(FINAL) or {}
     return {
-        **_prefixed(FINAL, final.get("server") or {}),
+        **_prefixed(FINAL, last_server(outcome) or {}),
         **_prefixed("floor_base", outcome["floor"]["base"]),
         **_prefixed("floor_local_only", outcome["floor"]["local_only"]),
         "floor": protection["floor"][1],
