@@ -318,7 +318,10 @@ def test_an_ensemble_is_taught_to_one_model_that_is_nearer_to_what_all_of_them_a
     wanted = said(clean)
     distances = [float((said(each.state) - wanted).norm()) for each in received]
     student = ATTACKS["distilled"].attack(view)
-    assert float((said(student) - wanted).norm()) < 0.7 * min(distances)
+    found = float((said(student) - wanted).norm())
+    assert found < min(distances)
+    # Of the mean of four with weights that halve in three rounds it would be 0.52, were it linear.
+    assert found < 0.7 * sum(distances) / len(distances)
 
 
 def text_of(bench: Any) -> Any:
