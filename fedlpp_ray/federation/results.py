@@ -13,6 +13,7 @@ from typing import Any
 from fedlpp_ray import __version__
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import EVALUATED, Final, Floor, RoundRecord
+from fedlpp_ray.federation.threat import threat_of_run
 from fedlpp_ray.privacy import Protection, measure_protection
 from fedlpp_ray.tasks import UTILITY
 
@@ -97,6 +98,7 @@ def result(
         "final": final.to_dict() if final else None,
         "floor": asdict(floor),
         "protection": asdict(run_protection(history, floor, final)),
+        "threat": threat_of_run(experiment),
         "versions": {"fedlpp_ray": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "seed": experiment.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from fedlpp_ray.federation.records import RoundRecord
@@ -33,9 +34,8 @@ def save_leak_curve(
     rounds, values = ([each[key] for each in curve] for key in ("round", UTILITY))
     axes.plot(rounds, values, color="C3", marker="x", label="strongest attack on broadcasts")
     axes.axhline(report["protection"]["floor"][1], color="0.5", ls=":", label="floor")
-    colluders, seen = (report["adversary"][key] for key in ("colluders", "rounds"))
     axes.set(xlabel="round", ylabel=f"held-out {utility}")
-    axes.set_title(f"Leak: colluders {colluders}, broadcasts of rounds: {seen}", fontsize="medium")
+    axes.set_title(fill(f"Leak to {report['threat']}", 90), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -27,6 +27,8 @@ from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
 ARTIFACTS = "mlartifacts"
+ATTACKS = "attacks"
+"""Prefix of the tags that say who attacked."""
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,10 @@ class RunLog:
             self._tracker.log(run_id, metrics, step)
         for path in files:
             self._tracker.client.log_artifact(run_id, str(path))
-        self._tracker.close(run_id, "FINISHED")
+        # The parameters are those of the run, which may be attacked under another threat model.
+        values = {f"{ATTACKS}.adversary.{key}": str(x) for key, x in report["adversary"].items()}
+        tags = {f"{ATTACKS}.threat": str(report["threat"])} | values
+        self._tracker.close(run_id, "FINISHED", tags=tags)
 
     def _open(self) -> None:
         self._run_id = self._tracker.open(self._folder.path.name, self._config, self._tags)
@@ -116,7 +121,8 @@ class RunLog:
         self._tracker.client.log_artifact(self._run(), str(self._folder.path / RESULT))
         if checkpoint := self._folder.latest():
             self._log_files(checkpoint)
-        self._tracker.close(self._run(), "FINISHED")
+        tags = {"threat": str(outcome["threat"])} if "threat" in outcome else {}
+        self._tracker.close(self._run(), "FINISHED", tags=tags)
 
     def _log_files(self, checkpoint: Path) -> None:
         """The adapter that the server ends with, and what repeats the run.
