@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,17 +16,14 @@ from rich.table import Table
 from fedlpp_ray.command_line import check_writable_file, run_command
 from fedlpp_ray.config import Experiment, check_same, parse_overrides
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.privacy import Interval, measure_protection
+from fedlpp_ray.privacy import Interval
 from fedlpp_ray.storage import RunFolder, write_file
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 
 UTILITY = "utility"
 """As in `fedlpp_ray.tasks`, whose import takes seconds."""
 
-if TYPE_CHECKING:
-    from fedlpp_ray.federation.ladder import Ladder, Outcome
-
-ATTACKS_FILE, CURVE_FILE, SEEDS_FILE = "attacks.json", "leak_curve.png", "attacks_seeds.json"
+ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--curve",
         type=int,
         metavar="N",
-        help=f"also the strongest attack after every N broadcasts, drawn in {CURVE_FILE}",
+        help=f"also the strongest attack after every N broadcasts, drawn in {LEAK_CURVE}",
     )
     parser.add_argument("--tracking-uri", metavar="URI", help="log to the run in MLflow")
     parser.add_argument(
@@ -111,11 +107,12 @@ def _attack_run(
     """Attack one run, and write what came of it."""
     outcome = _result(run)
     # These take seconds to import; a wrong configuration is refused before.
+    from fedlpp_ray.federation.attacked import threat_of
     from fedlpp_ray.federation.checkpoint import trained
     from fedlpp_ray.federation.intervals import protection_intervals
     from fedlpp_ray.federation.ladder import Ladder, check_adversary
     from fedlpp_ray.federation.records import RoundRecord
-    from fedlpp_ray.federation.results import to_json
+    from fedlpp_ray.federation.results import attack_report, to_json, utility_of
     from fedlpp_ray.privacy.attacks import find_attacks
     from fedlpp_ray.tracking.leak import save_leak_curve
 
@@ -129,7 +126,7 @@ def _attack_run(
         raise UserError(f"{run} has no broadcasts: it is of an earlier version, or no federation")
     console.print(f"{run}: preparing ...")
     ladder = Ladder(experiment, broadcasts, history)
-    threat = _threat(experiment, ladder)
+    threat = threat_of(experiment, ladder)
     console.print(threat)
     outcomes = []
     for each in ladder.run(attacks):
@@ -137,8 +134,8 @@ def _attack_run(
         console.print(f"{each.name:<28} {each.utility:.3f}")
     console.print("measuring the server and the floor ...")
     own = ladder.scored_floor()
-    utilities = {name: _utility(metrics) for name, (metrics, _) in own.items()}
-    report = _report(experiment, outcome, outcomes, utilities) | {"threat": threat}
+    utilities = {name: utility_of(metrics) for name, (metrics, _) in own.items()}
+    report = attack_report(experiment, outcome, outcomes, utilities) | {"threat": threat}
     has_server = report["protection"]["server"] is not None
     adapter = trained(RunFolder(run, experiment)) if has_server else {}
     found = protection_intervals(ladder, outcomes, own, adapter, experiment.seed)
@@ -149,7 +146,7 @@ def _attack_run(
             {"name": each.name, "round": each.round, UTILITY: each.utility}
             for each in ladder.curve(attacks, options.curve)
         ]
-        files.append(target.with_name(CURVE_FILE))
+        files.append(target.with_name(LEAK_CURVE))
         save_leak_curve(report, history, experiment.utility, files[-1])
     write_file(target, (to_json(report) + "\n").encode())
     if options.tracking_uri:
@@ -181,55 +178,6 @@ def _experiment(outcome: dict[str, Any], overrides: Sequence[str], run: Path) ->
     return Experiment.from_dict(outcome["config"], str(run / RESULT)).with_values(values)
 
 
-def _threat(experiment: Experiment, ladder: Ladder) -> str:
-    """The threat model in words, which belongs beside every number."""
-    clients = sorted(ladder.view.tools.clients)
-    who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} colluding clients"
-    bases = {"client": "their base", "public": "W0 in full precision"}
-    bases["corrected"] = "W0 + R, as the server corrects it"
-    count, rounds = len(ladder.view.received), experiment.adversary.rounds
-    return (
-        f"adversary {who}, passive; has {' and '.join(bases[each] for each in ladder.bases)}; "
-        f"{count} broadcasts (adversary.rounds '{rounds}')"
-    )
-
-
-def _report(
-    experiment: Experiment,
-    outcome: dict[str, Any],
-    outcomes: Sequence[Outcome],
-    own: dict[str, float],
-) -> dict[str, Any]:
-    """The result as plain values: each attack, and protection against it, its level, and all."""
-    from fedlpp_ray.federation.results import last_server
-
-    last = last_server(outcome)
-    server = None if last is None else _utility(last)
-    floor = own | {name: _utility(outcome["floor"][name]) for name in ("base", "local_only")}
-
-    def protection(chosen: Sequence[Outcome]) -> dict[str, Any]:
-        return asdict(measure_protection(server, {x.name: x.utility for x in chosen}, floor))
-
-    levels = dict.fromkeys(each.level for each in outcomes)
-    return {
-        "adversary": experiment.adversary.model_dump(mode="json"),
-        "attacks": [
-            {"name": each.name, **_plain(each), "protection": protection([each])["value"]}
-            for each in outcomes
-        ],
-        "levels": {
-            level: protection([each for each in outcomes if each.level == level])
-            for level in levels
-        },
-        "protection": protection(outcomes),
-    }
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """An outcome without each example's score."""
-    return {key: value for key, value in vars(outcome).items() if key != "scores"}
-
-
 def _add_intervals(
     report: dict[str, Any],
     attacks: Mapping[str, Interval],
@@ -242,12 +190,6 @@ def _add_intervals(
     for level, interval in levels.items():
         report["levels"][level]["interval"] = asdict(interval)
     report["protection"]["interval"] = asdict(total)
-
-
-def _utility(metrics: dict[str, Any]) -> float:
-    """NaN, of a model that has diverged, is null in a result."""
-    found = metrics[UTILITY]
-    return math.nan if found is None else float(found)
 
 
 def _table(report: dict[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedlpp_ray.config.section import Positive, Section
+from fedlpp_ray.config.section import Name, Positive, Section
 
 Watched = Literal[
     "mean-factors",
@@ -53,3 +53,8 @@ class AdversaryConfig(Section):
     watch_window: Positive = 6
     """They are given so many of the newest broadcasts, which are part of each checkpoint. `trend`
     reads no more in any case."""
+    at_end: Annotated[tuple[Name, ...], Field(strict=False)] | Literal["all"] = ()
+    """Attacks of the ladder that the run makes once it is finished, at a client host and in its own
+    reservation, with the same numbers as `python -m fedlpp_ray.attack`; or `all`. A trial's
+    checkpoints then have every broadcast. Where the server has no model that clients could have,
+    nothing is attacked."""

@@ -64,6 +64,7 @@ class InProcess:
         self.restore = self._server.restore
         self.examples = self._server.examples
         self.measure_floor = self._host.measure_floor
+        self.attack = self._host.attack
 
     def train(
         self,
@@ -92,8 +93,8 @@ class InProcess:
     ) -> Pending:
         """The server's state and what a client has of it, measured now."""
         server, start = self._server.evaluate(), time.perf_counter()
-        evaluation = Evaluation(server, *self._host.evaluate(round, broadcast, memory, newest))
-        measured = Measured(evaluation, time.perf_counter() - start)
+        *found, leak = self._host.evaluate(round, broadcast, memory, newest)
+        measured = Measured(Evaluation(server, *found), time.perf_counter() - start, leak)
         return lambda: measured
 
     def renew_server(self) -> None:

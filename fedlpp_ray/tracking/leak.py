@@ -7,7 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.results import leak_of
 from fedlpp_ray.tasks import UTILITY
+
+Points = Sequence[tuple[int, float]]
+"""Utility after rounds."""
+
+
+def save_watched(outcome: Mapping[str, Any], utility: str, path: Path) -> None:
+    """Draw what a run has measured of its leak (`adversary.watch`), if it has.
+
+    Args:
+        outcome: Its result.
+        utility: Name of the metric that is the utility.
+        path: Where the PNG goes.
+    """
+    history = [RoundRecord.from_dict(record) for record in outcome["history"]]
+    leaks = {record.round: found for record in history if (found := leak_of(record))}
+    if not leaks:
+        return
+    curve = [(round, found) for round, (_, found) in leaks.items()]
+    watched = ", ".join(outcome["config"]["adversary"]["watch"])
+    title = f"Leak: the strongest of the newest broadcast and {watched}"
+    _draw(history, curve, outcome["protection"]["floor"][1], title, utility, path)
 
 
 def save_leak_curve(
@@ -21,6 +43,20 @@ def save_leak_curve(
         utility: Name of the metric that is the utility.
         path: Where the PNG goes.
     """
+    curve = [(each["round"], each[UTILITY]) for each in report["leak_curve"]]
+    colluders, seen = (report["adversary"][key] for key in ("colluders", "rounds"))
+    title = f"Leak: colluders {colluders}, broadcasts of rounds: {seen}"
+    _draw(history, curve, report["protection"]["floor"][1], title, utility, path)
+
+
+def _draw(
+    history: Sequence[RoundRecord],
+    curve: Points,
+    floor: float | None,
+    title: str,
+    utility: str,
+    path: Path,
+) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -29,13 +65,12 @@ def save_leak_curve(
     points = [(round, found[UTILITY]) for round, found in measured if found]
     if points:
         axes.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="server")
-    curve = report["leak_curve"]
-    rounds, values = ([each[key] for each in curve] for key in ("round", UTILITY))
-    axes.plot(rounds, values, color="C3", marker="x", label="strongest attack on broadcasts")
-    axes.axhline(report["protection"]["floor"][1], color="0.5", ls=":", label="floor")
-    colluders, seen = (report["adversary"][key] for key in ("colluders", "rounds"))
+    label = "strongest attack on broadcasts"
+    axes.plot(*zip(*curve, strict=True), color="C3", marker="x", label=label)
+    if floor is not None:
+        axes.axhline(floor, color="0.5", ls=":", label="floor")
     axes.set(xlabel="round", ylabel=f"held-out {utility}")
-    axes.set_title(f"Leak: colluders {colluders}, broadcasts of rounds: {seen}", fontsize="medium")
+    axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

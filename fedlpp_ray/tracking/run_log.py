@@ -16,7 +16,7 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import ADAPTER, FINAL
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 from fedlpp_ray.tracking.metrics import attack_metrics, final_metrics, round_metrics
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
@@ -103,6 +103,8 @@ class RunLog:
         self._rounds(history)
         self._tracker.log_final(self._run(), final_metrics(outcome), history[-1].round)
         self._tracker.client.log_artifact(self._run(), str(self._folder.path / RESULT))
+        if (curve := self._folder.path / LEAK_CURVE).exists():
+            self._tracker.client.log_artifact(self._run(), str(curve))
         if checkpoint := self._folder.latest():
             self._log_files(checkpoint)
         self._tracker.close(self._run(), "FINISHED")
