@@ -93,8 +93,9 @@ class InProcess:
     ) -> Pending:
         """The server's state and what a client has of it, measured now."""
         server, start = self._server.evaluate(), time.perf_counter()
-        *found, leak = self._host.evaluate(round, broadcast, memory, newest)
-        measured = Measured(Evaluation(server, *found), time.perf_counter() - start, leak)
+        before, after, leak, seconds = self._host.evaluate(round, broadcast, memory, newest)
+        evaluation = Evaluation(server, before, after, leak)
+        measured = Measured(evaluation, time.perf_counter() - start, seconds)
         return lambda: measured
 
     def renew_server(self) -> None:

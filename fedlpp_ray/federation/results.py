@@ -124,7 +124,12 @@ def _seconds(history: Sequence[RoundRecord], ladder: Attacked | None) -> dict[st
     """
     run, leak = (sum(r.seconds.get(key, 0.0) for r in history) for key in ("total", "leak"))
     share = leak / run if run else 0.0
-    return {"run": run, "leak": leak, "leak_share": share, "ladder": ladder and ladder.seconds}
+    return {
+        "run": run,
+        "leak": leak,
+        "leak_share": share,
+        "ladder": ladder.seconds if ladder else None,
+    }
 
 
 def attack_report(

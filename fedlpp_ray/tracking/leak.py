@@ -29,7 +29,9 @@ def save_watched(outcome: Mapping[str, Any], utility: str, path: Path) -> None:
     curve = [(round, found) for round, (_, found) in leaks.items()]
     watched = ", ".join(outcome["config"]["adversary"]["watch"])
     title = f"Leak: the strongest of the newest broadcast and {watched}"
-    _draw(history, curve, outcome["protection"]["floor"][1], title, utility, path)
+    _draw(
+        history, curve, outcome["protection"]["floor"][1], title=title, utility=utility, path=path
+    )
 
 
 def save_leak_curve(
@@ -46,13 +48,14 @@ def save_leak_curve(
     curve = [(each["round"], each[UTILITY]) for each in report["leak_curve"]]
     colluders, seen = (report["adversary"][key] for key in ("colluders", "rounds"))
     title = f"Leak: colluders {colluders}, broadcasts of rounds: {seen}"
-    _draw(history, curve, report["protection"]["floor"][1], title, utility, path)
+    _draw(history, curve, report["protection"]["floor"][1], title=title, utility=utility, path=path)
 
 
 def _draw(
     history: Sequence[RoundRecord],
     curve: Points,
     floor: float | None,
+    *,
     title: str,
     utility: str,
     path: Path,

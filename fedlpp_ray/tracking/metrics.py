@@ -150,7 +150,8 @@ def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
 
 def _watched_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     watched = any(record.get(LEAK) for record in outcome["history"])
-    return {LEAK_SHARE: outcome["seconds"]["leak_share"]} if watched else {}
+    seconds = outcome.get("seconds")  # an earlier version's result has none
+    return {LEAK_SHARE: seconds["leak_share"]} if watched and seconds else {}
 
 
 def _ladder_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:

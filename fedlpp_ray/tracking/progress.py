@@ -58,23 +58,23 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
         found.append(f"strongest client model  {_shown(strongest[1])} ({strongest[0]})")
     if server is not None:
         found.append(f"server {server:.3f}{_final_words(outcome)}")
-    found = ["  ".join(found), *_cost_lines(outcome)]
     return [
         f"floor     base {_shown(floor['base'][UTILITY])}  "
         f"local-only {_shown(floor['local_only'][UTILITY])} (client {floor['client']}, "
         f"{floor['examples']} examples)",
-        *found,
+        *_attacked_lines(outcome),
+        "  ".join(found),
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
     ]
 
 
-def _cost_lines(outcome: Mapping[str, Any]) -> list[str]:
-    """What measuring the leak took, and what the ladder came to."""
+def _attacked_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """What it took to watch the leak, and what the ladder came to."""
     seconds, found = outcome.get("seconds") or {}, []
-    if any(record.get("leak") for record in outcome["history"]):
+    if seconds and any(record.get("leak") for record in outcome["history"]):
         words = f"{seconds['leak']:.1f} s, {seconds['leak_share']:.1%} of the run's"
-        found.append(f"leak      measured in {words}")
+        found.append(f"leak      watched in {words}")
     if ladder := outcome.get("ladder"):
         words = f"{ladder['threat']}; {seconds['ladder']:.1f} s"
         if strongest := ladder["protection"]["strongest"]:
