@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.config.adversary import ALL
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.ladder import Ladder, Outcome, check_adversary
 from fedlpp_ray.federation.records import RoundRecord
@@ -77,7 +78,7 @@ def attack(
 
 def _asked(experiment: Experiment) -> dict[str, Known]:
     asked = experiment.adversary.at_end
-    return find_attacks(None if asked == "all" else list(asked))
+    return find_attacks(None if asked == ALL else list(asked))
 
 
 def threat_of(experiment: Experiment, ladder: Ladder) -> str:

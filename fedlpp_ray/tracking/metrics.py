@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.config.adversary import Watched
+from fedlpp_ray.config.adversary import ALL, Watched
 from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
 from fedlpp_ray.federation.results import leak_of, utility_of
 from fedlpp_ray.federation.watch import is_attackable
@@ -80,7 +80,7 @@ def _ladder_names(experiment: Experiment) -> tuple[str, ...]:
     asked = experiment.adversary.at_end
     if not asked or not is_attackable(experiment):
         return ()
-    names = ATTACKS if asked == "all" else asked
+    names = ATTACKS if asked == ALL else asked
     return (*(f"{ATTACK}/{name}" for name in (*names, "strongest")), f"seconds/{ATTACK}")
 
 
