@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
-from mlflow import MlflowClient
 
 from fedlpp_ray import attack, train
 from fedlpp_ray.config import ConfigError, Experiment, dump_experiment, fingerprint
 from fedlpp_ray.federation import Federation, Floor, RoundRecord, checkpoint
 from fedlpp_ray.federation.attacked import Attacked, check_at_end
+from fedlpp_ray.federation.attacked import attack as attack_run
 from fedlpp_ray.federation.in_process import InProcess, in_process
 from fedlpp_ray.federation.ladder import Ladder, Outcome
 from fedlpp_ray.federation.records import Evaluation
@@ -28,8 +30,9 @@ ASKED = ["last-broadcast", "mean-products", "pooled-updates", "tuned"]
 
 @pytest.fixture(scope="module")
 def experiment(tiny_experiment: Experiment) -> Experiment:
-    values = {"downlink.bits": 2, "client.base_bits": 4, "federation.local_steps": 2}
-    attacked = {"adversary.at_end": ASKED, "adversary.colluders": 2, "adversary.max_looks": 2}
+    values = {"downlink.bits": 2, "client.base_bits": 4, "federation.local_steps": 1}
+    values |= {"federation.rounds": 2, "federation.cohort": 2, "federation.client_fraction": None}
+    attacked = {"adversary.at_end": ASKED, "adversary.colluders": 2, "adversary.max_looks": 1}
     return tiny_experiment.with_values(values | attacked)
 
 
@@ -43,9 +46,8 @@ def test_a_run_that_attacks_itself_has_the_numbers_of_the_command(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.yaml").write_text(dump_experiment(experiment, "x", "x"), encoding="utf-8")
-    run, store = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    options = ["--output", str(run), "--in-process", "--tracking-uri", store]
-    assert train.main([str(tmp_path / "x.yaml"), *options]) == 0
+    run = tmp_path / "run"
+    assert train.main([str(tmp_path / "x.yaml"), "--output", str(run), "--in-process"]) == 0
     shown = capsys.readouterr().err
     outcome = json.loads((run / "result.json").read_text())
     assert attack.main([str(run), "--attacks", ",".join(ASKED)]) == 0
@@ -65,48 +67,34 @@ def test_a_run_that_attacks_itself_has_the_numbers_of_the_command(
     assert "ladder    strongest" in shown
 
     assert (run / "leak_curve.png").read_bytes().startswith(b"\x89PNG")
-    client = MlflowClient(store)
-    (logged,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
-    names = {each.path for each in client.list_artifacts(logged.info.run_id)}
-    assert {"leak_curve.png", "result.json"} <= names
-    found = logged.data.metrics
+    found = final_metrics(outcome)
     assert found["attack/strongest"] == max(utilities.values())
     assert found["attack/tuned"] == max(utilities["tuned"], utilities["tuned on W0"])
-
-
-def federate(
-    experiment: Experiment, *, keep: dict[int, Broadcast] | None = None
-) -> tuple[Federation, InProcess]:
-    backend = InProcess(experiment)
-    return Federation(experiment, backend, None if keep is None else keep.__setitem__), backend
 
 
 def test_a_restart_keeps_all_that_is_attacked_at_the_end(
     experiment: Experiment, tmp_path: Path
 ) -> None:
-    """Also where a later round trains from no broadcast that an earlier one did."""
+    """Where nothing else does; else a checkpoint has the window of what is watched."""
     values = {"adversary.watch_window": 1, "adversary.at_end": ["mean-factors"]}
-    experiment = experiment.with_values(values)
+    experiment = experiment.with_values(values | {"federation.rounds": 3})
     sent: dict[int, Broadcast] = {}
-    whole, _ = federate(experiment, keep=sent)
-    next(rounds := whole.run())
-    next(rounds)
-    (tmp_path / "a").mkdir()
-    checkpoint.save(whole, tmp_path / "a")
-    kept_elsewhere = {int(path.name) for path in (tmp_path / "a" / "broadcasts").iterdir()}
-    assert kept_elsewhere == {2}
-    list(rounds)
+    backend = InProcess(experiment)
+    whole = Federation(experiment, backend, sent.__setitem__)
+    for record in whole.run():
+        if record.round == 2:
+            assert set(whole.snapshot().broadcasts) == {2}
 
-    first, backend = federate(experiment)
+    first = Federation(experiment, InProcess(experiment))
     next(rounds := first.run())
     next(rounds)
-    (tmp_path / "b").mkdir()
-    checkpoint.save(first, tmp_path / "b")
+    checkpoint.save(first, tmp_path)
     restored = Federation(experiment, backend)
-    checkpoint.restore(restored, tmp_path / "b")
+    checkpoint.restore(restored, tmp_path)
     list(restored.run())
     found = restored.attack()
     assert found is not None
+    assert whole.attack(lambda: sent) == replace(found, seconds=ANY)
     expected = list(Ladder(experiment, sent, whole.history).run(find_attacks(["mean-factors"])))
     assert list(found.outcomes) == expected
     assert [each.broadcasts for each in found.outcomes] == [4, 4]
@@ -114,7 +102,8 @@ def test_a_restart_keeps_all_that_is_attacked_at_the_end(
 
 
 def test_a_search_may_ask_for_what_the_ladder_came_to(experiment: Experiment) -> None:
-    federation, backend = federate(experiment)
+    backend = InProcess(experiment)
+    federation = Federation(experiment, backend)
     history = list(federation.run())
     outcome = result(experiment, history, backend.measure_floor(), None, federation.attack())
     found = round_metrics(history) | final_metrics(outcome)
@@ -155,10 +144,7 @@ def test_an_adversary_that_received_nothing_costs_the_attacks_and_not_the_run(
     experiment: Experiment,
 ) -> None:
     sampled = experiment.with_values({"adversary.rounds": "sampled", "adversary.colluders": 1})
-    federation, backend = federate(sampled)
-    strongest = backend._host._text.strongest
-    history = [r for r in federation.run() if all(c.client != strongest for c in r.clients)]
-    found = backend.attack({1: {}}, history)
+    found = attack_run(sampled, {1: {}}, [])
     assert not found.outcomes
     assert "received no broadcast" in found.threat
     outcome = ended([], {})
