@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,18 +16,17 @@ from rich.table import Table
 from fedlpp_ray.command_line import check_writable_file, run_command
 from fedlpp_ray.config import Experiment, check_same, parse_overrides
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.privacy import Interval, measure_protection
+from fedlpp_ray.privacy import Interval
 from fedlpp_ray.storage import RunFolder, write_file
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 
 UTILITY = "utility"
 """As in `fedlpp_ray.tasks`, whose import takes seconds."""
 
 if TYPE_CHECKING:
-    from fedlpp_ray.federation.ladder import Outcome
     from fedlpp_ray.privacy.attacks import Known
 
-ATTACKS_FILE, CURVE_FILE, SEEDS_FILE = "attacks.json", "leak_curve.png", "attacks_seeds.json"
+ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--curve",
         type=int,
         metavar="N",
-        help=f"also the strongest attack after every N broadcasts, drawn in {CURVE_FILE}",
+        help=f"also the strongest attack after every N broadcasts, drawn in {LEAK_CURVE}",
     )
     parser.add_argument("--tracking-uri", metavar="URI", help="log to the run in MLflow")
     parser.add_argument(
@@ -116,7 +114,7 @@ def _attack_run(
     from fedlpp_ray.federation.intervals import protection_intervals
     from fedlpp_ray.federation.ladder import Ladder, check_adversary
     from fedlpp_ray.federation.records import RoundRecord
-    from fedlpp_ray.federation.results import to_json
+    from fedlpp_ray.federation.results import attack_report, to_json, utility_of
     from fedlpp_ray.tracking.leak import save_leak_curve
 
     check_adversary(experiment)
@@ -138,8 +136,8 @@ def _attack_run(
         console.print(f"{each.name:<28} {each.utility:.3f}")
     console.print("measuring the server and the floor ...")
     own = ladder.scored_floor()
-    utilities = {name: _utility(metrics) for name, (metrics, _) in own.items()}
-    report = _report(experiment, outcome, outcomes, utilities)
+    utilities = {name: utility_of(metrics) for name, (metrics, _) in own.items()}
+    report = attack_report(experiment, outcome, outcomes, utilities)
     report |= {"threat": ladder.threat, "left_out": left_out}
     has_server = report["protection"]["server"] is not None
     adapter = trained(RunFolder(run, experiment)) if has_server else {}
@@ -151,7 +149,7 @@ def _attack_run(
             {"name": each.name, "round": each.round, UTILITY: each.utility}
             for each in ladder.curve(attacks, options.curve)
         ]
-        files.append(target.with_name(CURVE_FILE))
+        files.append(target.with_name(LEAK_CURVE))
         save_leak_curve(report, history, experiment.utility, files[-1])
     write_file(target, (to_json(report) + "\n").encode())
     if options.tracking_uri:
@@ -184,58 +182,19 @@ def _experiment(outcome: dict[str, Any], overrides: Sequence[str], run: Path) ->
 
 
 def _feasible(names: str | None, experiment: Experiment) -> tuple[dict[str, Known], dict[str, str]]:
-    """The attacks to make, and why not the others; one that was asked for is not left out."""
-    from fedlpp_ray.federation.means import means_of
-    from fedlpp_ray.privacy.attacks import feasible, find_attacks
+    """The attacks to make, and why not the others."""
+    from fedlpp_ray.federation.means import attacks_of
 
-    named = find_attacks(names.split(",") if names else None)
-    attacks, left_out = feasible(named, means_of(experiment))
-    if names:
-        for name, reason in left_out.items():
-            raise UserError(f"--attacks: '{name}' {reason}")
-    return attacks, left_out
+    try:
+        return attacks_of(experiment, names.split(",") if names else None)
+    except UserError as error:
+        raise UserError(f"--attacks: {error}") from None
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:
     """The attacks that the adversary cannot make, by what they need."""
     needs = {reason: [n for n, x in reasons.items() if x == reason] for reason in reasons.values()}
     return "left out: " + "; ".join(f"{', '.join(x)} ({reason})" for reason, x in needs.items())
-
-
-def _report(
-    experiment: Experiment,
-    outcome: dict[str, Any],
-    outcomes: Sequence[Outcome],
-    own: dict[str, float],
-) -> dict[str, Any]:
-    """The result as plain values: each attack, and protection against it, its level, and all."""
-    from fedlpp_ray.federation.results import last_server
-
-    last = last_server(outcome)
-    server = None if last is None else _utility(last)
-    floor = own | {name: _utility(outcome["floor"][name]) for name in ("base", "local_only")}
-
-    def protection(chosen: Sequence[Outcome]) -> dict[str, Any]:
-        return asdict(measure_protection(server, {x.name: x.utility for x in chosen}, floor))
-
-    levels = dict.fromkeys(each.level for each in outcomes)
-    return {
-        "adversary": experiment.adversary.model_dump(mode="json"),
-        "attacks": [
-            {"name": each.name, **_plain(each), "protection": protection([each])["value"]}
-            for each in outcomes
-        ],
-        "levels": {
-            level: protection([each for each in outcomes if each.level == level])
-            for level in levels
-        },
-        "protection": protection(outcomes),
-    }
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """An outcome without each example's score."""
-    return {key: value for key, value in vars(outcome).items() if key != "scores"}
 
 
 def _add_intervals(
@@ -250,12 +209,6 @@ def _add_intervals(
     for level, interval in levels.items():
         report["levels"][level]["interval"] = asdict(interval)
     report["protection"]["interval"] = asdict(total)
-
-
-def _utility(metrics: dict[str, Any]) -> float:
-    """NaN, of a model that has diverged, is null in a result."""
-    found = metrics[UTILITY]
-    return math.nan if found is None else float(found)
 
 
 def _table(report: dict[str, Any]) -> Table:

@@ -24,9 +24,11 @@ from fedlpp_ray.command_line import (
 from fedlpp_ray.config import Experiment, fingerprint, load_experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.storage import RunFolder
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 
 if TYPE_CHECKING:
+    from fedlpp_ray.federation import Federation
+    from fedlpp_ray.federation.attacked import Attacked
     from fedlpp_ray.tracking.run_log import RunLog
 
 DEFAULT = "configs/trec_minilm.yaml"
@@ -126,6 +128,7 @@ class _Command:
                 text = self._run(previous, log)
                 self.folder.write_result(text)
             outcome = json.loads(text)
+            self._draw(outcome)
             if log:
                 log.finish(outcome)
         self._deliver(text, outcome)
@@ -164,8 +167,14 @@ class _Command:
                 if log:
                     log.rounds(federation.history)
             floor = backend.measure_floor()
-            outcome = result(self.experiment, federation.history, floor, federation.final)
+            ladder = self._ladder(federation)
+            outcome = result(self.experiment, federation.history, floor, federation.final, ladder)
         return to_json(outcome) + "\n"
+
+    def _ladder(self, federation: Federation) -> Attacked | None:
+        if self.experiment.adversary.at_end:
+            self.console.print("attacking ...")
+        return federation.attack(self.folder.kept)
 
     @contextmanager
     def _backend(self) -> Iterator[Any]:
@@ -189,6 +198,14 @@ class _Command:
                 closing(ray_backend(self.experiment, group)) as backend,
             ):
                 yield backend
+
+    def _draw(self, outcome: dict[str, Any]) -> None:
+        """The leak curve, if a finished run has one and its folder has none."""
+        from fedlpp_ray.tracking.leak import save_watched
+
+        target = self.folder.path / LEAK_CURVE
+        if not target.exists():
+            save_watched(outcome, self.experiment.utility, target)
 
     def _deliver(self, text: str, outcome: dict[str, Any]) -> None:
         """Put the parts of a finished run where they were asked for, and show it."""

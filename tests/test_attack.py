@@ -90,10 +90,10 @@ def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
         (["--curve", "1", "--attacks", "tuned"], "none of these attacks only reads broadcasts"),
         (["--curve", "0"], "allowed: 1 and more"),
         (["--attacks", "nonsense"], "attack 'nonsense' is not one of"),
-        (["--attacks", "distilled"], "--attacks: 'distilled' needs adversary.auxiliary"),
+        (["--attacks", "distilled"], "--attacks: attack 'distilled' needs adversary.auxiliary"),
         (
             ["--attacks", "trend,tuned", "adversary.architecture=unknown"],
-            "--attacks: 'tuned' needs adversary.architecture 'known'",
+            "--attacks: attack 'tuned' needs adversary.architecture 'known'",
         ),
     ],
 )

@@ -53,8 +53,8 @@ def wait_for_round(process: subprocess.Popen[str], folder: Path, wanted: int) ->
 def result(folder: Path) -> dict[str, Any]:
     """All but the times."""
     outcome = json.loads((folder / "result.json").read_text())
-    for record in outcome["history"]:
-        del record["seconds"]
+    for timed in (outcome, *outcome["history"]):
+        del timed["seconds"]
     return outcome
 
 
@@ -115,7 +115,8 @@ def check_artifacts(uri: str) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.params["federation.rounds"] == str(ROUNDS)
     files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert files == {"adapter", "experiment.yaml", "history.json", "result.json"}
+    records = {"experiment.yaml", "history.json", "result.json"}
+    assert files == {"adapter", "leak_curve.png"} | records
 
 
 def test_a_folder_that_holds_rounds_is_refused_and_a_finished_run_shown_again(
@@ -140,7 +141,7 @@ def test_a_folder_that_holds_rounds_is_refused_and_a_finished_run_shown_again(
     assert train.main([*command, *moved, "--resume"]) == 0
     again = capsys.readouterr().err
     assert again.splitlines()[0].endswith(": finished")
-    assert again.splitlines()[1:] == shown.splitlines()[-4:]
+    assert again.splitlines()[1:] == shown.splitlines()[-5:]
     assert (project / "again.json").read_text() == (folder / "result.json").read_text()
     for path in (project / "a").iterdir():
         assert (project / "b" / path.name).read_bytes() == path.read_bytes()
@@ -158,8 +159,10 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(
     (project / "run" / "result.json").unlink()
     assert train.main([*command, "--resume", "downlink.bits=2"]) == 2
     assert f"round-000002 is of another experiment: {words}" in capsys.readouterr().err
-    assert train.main([*command, "--resume"]) == 0  # killed before its floor was measured
-    assert (project / "run" / "result.json").exists()
+    # Killed before its floor was measured; and it need not have known that it is attacked.
+    assert train.main([*command, "--resume", "adversary.at_end=[last-broadcast]"]) == 0
+    (attacked,) = result(project / "run")["ladder"]["attacks"]
+    assert attacked["metrics"] == result(project / "run")["history"][-1]["client_before"]
 
 
 def test_ctrl_c_leaves_a_folder_to_go_on_with(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from fedlpp_ray.config.section import Positive, Section
+from fedlpp_ray.config.section import Name, Positive, Section
 
 Watched = Literal[
     "mean-factors",
@@ -23,6 +23,15 @@ Watched = Literal[
 ]
 """The attacks that are arithmetic on broadcasts, need no example of the adversary's and leave an
 adapter of its rank."""
+
+
+ALL = ("all",)
+"""Of `at_end`: every attack of the ladder."""
+
+
+def _listed(value: Any) -> Any:
+    """A name alone, such as `all`, is a list of one."""
+    return (value,) if isinstance(value, str) else value
 
 
 class AdversaryConfig(Section):
@@ -62,3 +71,7 @@ class AdversaryConfig(Section):
     watch_window: Positive = 6
     """They are given so many of the newest broadcasts, which are part of each checkpoint. `trend`
     reads no more in any case."""
+    at_end: Annotated[tuple[Name, ...], Field(strict=False), BeforeValidator(_listed)] = ()
+    """Attacks of the ladder, or `all`, that the run makes once it is finished: at a client host, in
+    its own reservation, with the numbers of `python -m fedlpp_ray.attack`. A trial's checkpoints
+    then hold every broadcast. Where the server has no model that clients could have, none."""

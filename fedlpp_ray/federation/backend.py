@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fedlpp_ray.federation.private import Clipping
-from fedlpp_ray.federation.records import Assignment, ClientReport, Final, Floor, Memory, Pending
+from fedlpp_ray.federation.records import (
+    Assignment,
+    ClientReport,
+    Final,
+    Floor,
+    Memory,
+    Pending,
+    RoundRecord,
+)
 from fedlpp_ray.federation.wire import Broadcast
+
+if TYPE_CHECKING:
+    from fedlpp_ray.federation.attacked import Attacked
 
 
 class ServerLost(RuntimeError):
@@ -87,6 +98,14 @@ class Backend(Protocol):
 
     def measure_floor(self) -> Floor:
         """What a client has without taking part."""
+
+    def attack(
+        self, broadcasts: Mapping[int, Broadcast], history: Sequence[RoundRecord]
+    ) -> Attacked | None:
+        """The ladder on a finished run, given all broadcasts, by the round each was made in.
+
+        None where nothing travels.
+        """
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""

@@ -1,7 +1,8 @@
 """A run on disk: the server's adapter, what clients keep, the history and the experiment.
 
 Where later rounds still train from a broadcast (`downlink.every`, fedbuff), its messages too, and
-of the newest broadcasts those that are attacked while the run goes on (`adversary.watch`).
+of the newest broadcasts those that are attacked while the run goes on (`adversary.watch`); of all,
+where nothing else keeps those that are attacked at its end (`adversary.at_end`).
 
 Everything random in a run is derived from the seed and the round, so this is the whole state: a
 restored run goes on with the same bits.

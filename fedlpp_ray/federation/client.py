@@ -11,12 +11,13 @@ import torch
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.base_stream import BaseStream
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.attacked import Attacked, attack
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base, trained_whole
 from fedlpp_ray.federation.masks import cut
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.received import Reader
-from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory
+from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory, RoundRecord
 from fedlpp_ray.federation.watch import Watch
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
@@ -177,8 +178,10 @@ class ClientHost:
         broadcast: Broadcast,
         memory: Memory = None,
         newest: Mapping[int, Broadcast] | None = None,
-    ) -> tuple[Metrics, Metrics, dict[str, Metrics]]:
+    ) -> tuple[Metrics, Metrics, dict[str, Metrics], float]:
         """Metrics of the broadcast as received, after the strongest client's training, and leaked.
+
+        The last result is the seconds that the leak has cost.
 
         Args:
             round: In which clients train from the broadcast.
@@ -191,11 +194,11 @@ class ClientHost:
         before = self._text.evaluate(self._model, self._device)
         self._train_client(round, strongest, self._rules(received, memory))
         after = self._text.evaluate(self._model, self._device)
-        leak = {}
+        leak, start = {}, time.perf_counter()
         for name, state in self._watch.states(self._reader, newest or {}):
             self._state.write(state)
             leak[name] = self._text.evaluate(self._model, self._device)
-        return before, after, leak
+        return before, after, leak, time.perf_counter() - start
 
     @together
     def measure_floor(self) -> Floor:
@@ -207,6 +210,17 @@ class ClientHost:
         self._train(0, strongest, steps, whole_descent(self._experiment))
         local_only = self._text.evaluate(self._model, self._device)
         return Floor(base, local_only, strongest, self._text.examples[strongest])
+
+    def attack(
+        self, broadcasts: Mapping[int, Broadcast], history: Sequence[RoundRecord]
+    ) -> Attacked:
+        """The ladder on the finished run (`adversary.at_end`), by the first rank alone.
+
+        Args:
+            broadcasts: All, by the round in which each was made.
+            history: The run's rounds.
+        """
+        return attack(self._experiment, broadcasts, history)
 
     def _receive(self, round: int, client: int, broadcast: Broadcast, memory: Memory) -> State:
         """Load what a client has: the broadcast, what it kept, and what never travels."""

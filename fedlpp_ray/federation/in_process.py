@@ -64,6 +64,7 @@ class InProcess:
         self.restore = self._server.restore
         self.examples = self._server.examples
         self.measure_floor = self._host.measure_floor
+        self.attack = self._host.attack
 
     def train(
         self,
@@ -92,8 +93,9 @@ class InProcess:
     ) -> Pending:
         """The server's state and what a client has of it, measured now."""
         server, start = self._server.evaluate(), time.perf_counter()
-        evaluation = Evaluation(server, *self._host.evaluate(round, broadcast, memory, newest))
-        measured = Measured(evaluation, time.perf_counter() - start)
+        before, after, leak, seconds = self._host.evaluate(round, broadcast, memory, newest)
+        evaluation = Evaluation(server, before, after, leak)
+        measured = Measured(evaluation, time.perf_counter() - start, seconds)
         return lambda: measured
 
     def renew_server(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.backend import Backend
@@ -28,6 +29,9 @@ from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.storage import StoredBytes
 
+if TYPE_CHECKING:
+    from fedlpp_ray.federation.attacked import Attacked
+
 logger = logging.getLogger(__name__)
 
 FRUITLESS = 2
@@ -41,7 +45,7 @@ class Federation:
         experiment: What to run.
         backend: The parties.
         keep: Is given each broadcast with the round in which it was made; after a resume perhaps
-            again.
+            again. None: where the run is attacked at its end, it keeps what that takes itself.
 
     Attributes:
         history: The finished rounds. A run that starts with a history continues after it.
@@ -52,7 +56,7 @@ class Federation:
         self,
         experiment: Experiment,
         backend: Backend,
-        keep: Callable[[int, Broadcast], None] = lambda *_: None,
+        keep: Callable[[int, Broadcast], None] | None = None,
     ) -> None:
         self.experiment = experiment
         self.backend = backend
@@ -123,6 +127,17 @@ class Federation:
         self.final = snapshot.final
         self._taken = snapshot
 
+    def attack(self, sent: Callable[[], Mapping[int, Broadcast]] | None = None) -> Attacked | None:
+        """Attack the finished run by the ladder; None where `adversary.at_end` asks for nothing.
+
+        Args:
+            sent: Reads all that `keep` was given.
+        """
+        if not self._watch.at_end:
+            return None
+        broadcasts = self._watch.read(sent() if sent else self._broadcasts)
+        return self.backend.attack(broadcasts, self.history)
+
     def _put_in_force(self, round: int, clients: Sequence[int], clock: Clock) -> None:
         """Have the broadcast made from which clients that start in a round train, if one is due."""
         made = self.experiment.downlink.made_in(round)
@@ -131,7 +146,8 @@ class Federation:
             beside = sorted(measured - set(clients))
             with clock("broadcast"):
                 self._broadcasts[made] = self.backend.encode_broadcast(made, clients, beside)
-            self._keep(made, self._broadcasts[made])
+            if self._keep:
+                self._keep(made, self._broadcasts[made])
 
     def _trained_from(self, plan: RoundPlan) -> dict[int, Broadcast]:
         """The broadcasts from the first on that someone in the round trains from."""
@@ -165,7 +181,8 @@ class Federation:
         with clock("evaluate"):
             found = evaluation()
         record = self.history[-1]
-        seconds = record.seconds | clock.seconds(record.seconds["client_compute"] + found.seconds)
+        busy = record.seconds["client_compute"] + found.seconds
+        seconds = record.seconds | clock.seconds(busy) | {"leak": found.leak}
         self.history[-1] = replace(record, evaluation=found.evaluation, seconds=seconds)
         return self.history[-1]
 
@@ -212,7 +229,9 @@ class Federation:
         self.history.append(RoundRecord(plan.round, None, clients, seconds, digest, privacy))
         needed = self.experiment.downlink.made_in(plan.oldest)
         used = {made: b for made, b in self._broadcasts.items() if made >= needed}
-        self._broadcasts = self._watch.newest(self._broadcasts) | used
+        attacked_at_end = self._watch.at_end and self._keep is None
+        attacked = self._watch.read if attacked_at_end else self._watch.newest
+        self._broadcasts = attacked(self._broadcasts) | used
 
     def _clients(
         self, plan: RoundPlan, reports: Sequence[ClientReport]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fedlpp_ray.config import ConfigError, Experiment
-from fedlpp_ray.privacy.attacks import feasible, find_attacks
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.privacy.attacks import Known, feasible, find_attacks
 from fedlpp_ray.privacy.view import Means
 
 
@@ -15,6 +16,24 @@ def means_of(experiment: Experiment) -> frozenset[Means]:
         "auxiliary": adversary.auxiliary is not None,
     }
     return frozenset(mean for mean, there in has.items() if there)
+
+
+def attacks_of(
+    experiment: Experiment, names: list[str] | None = None
+) -> tuple[dict[str, Known], dict[str, str]]:
+    """The attacks that the adversary can make, and what the others need.
+
+    Args:
+        experiment: Says who attacks.
+        names: Those that are asked for, of which none is left out; None: all.
+
+    Raises:
+        UserError: there is none of a name, or the adversary cannot make it.
+    """
+    able, left_out = feasible(find_attacks(names), means_of(experiment))
+    for name, reason in left_out.items() if names else ():
+        raise UserError(f"attack '{name}' {reason}")
+    return able, left_out
 
 
 def check_watch(experiment: Experiment) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from fedlpp_ray.config import Experiment, Section
+from fedlpp_ray.federation.attacked import check_at_end
 from fedlpp_ray.federation.combinations import check_combinations
 from fedlpp_ray.federation.spread import check_spread
 from fedlpp_ray.lora import add_adapter
@@ -37,6 +38,7 @@ def check(experiments: Iterable[Experiment]) -> None:
     experiments = list(experiments)
     for experiment in experiments:
         check_combinations(experiment)
+        check_at_end(experiment)
         check_spread(experiment)
         check_zero(experiment.server.zero, "server.zero")
         check_zero(experiment.client.zero, "client.zero")

@@ -177,10 +177,17 @@ def refused(report: ClientReport, reason: str) -> ClientReport:
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation, if one was due, and the seconds that a client's host worked for it."""
+    """An evaluation, if one was due.
+
+    Attributes:
+        evaluation: It.
+        seconds: That a client's host worked for it.
+        leak: Of these, for `Evaluation.leak`.
+    """
 
     evaluation: Evaluation | None
     seconds: float = 0.0
+    leak: float = 0.0
 
 
 Pending = Callable[[], Measured]
@@ -237,8 +244,8 @@ class RoundRecord:
         seconds: Wall time from one round's end to the next, by what was waited for: broadcast,
             train, aggregate, evaluate, record (the caller: checkpoint, log), and the total. A round
             is evaluated while the next one trains. `client_compute` is the work of the busiest
-            host; `overhead` what it and the evaluation at a host leave of the total. `simulated`:
-            on the clock of `simulation`.
+            host; `overhead` what it and the evaluation at a host leave of the total. `leak`: what
+            of that evaluation was for `adversary.watch`. `simulated`: on the clock of `simulation`.
         digest: SHA-256 of the state after this round.
         privacy: With differential privacy, what has been spent.
     """

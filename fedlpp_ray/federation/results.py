@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlpp_ray import __version__
 from fedlpp_ray.config import Experiment
@@ -17,13 +17,20 @@ from fedlpp_ray.federation.threat import threat_of_run
 from fedlpp_ray.privacy import Protection, measure_protection
 from fedlpp_ray.tasks import UTILITY
 
+if TYPE_CHECKING:
+    from fedlpp_ray.federation.attacked import Attacked
+    from fedlpp_ray.federation.ladder import Outcome
+
 _PACKAGES = ("torch", "transformers", "peft", "ray", "numpy")
 
 
 def run_protection(
-    history: Sequence[RoundRecord], floor: Floor, final: Final | None = None
+    history: Sequence[RoundRecord],
+    floor: Floor,
+    final: Final | None = None,
+    ladder: Attacked | None = None,
 ) -> Protection:
-    """Protection of a finished run over the models measured in it.
+    """Protection of a finished run over the models measured in it, and at its end.
 
     A client keeps what it receives, so its strongest model is taken over all evaluated rounds, and
     compared with the model that the server ends with: its final one, or that of the last round.
@@ -43,14 +50,14 @@ def run_protection(
         if record.evaluation
         for name, metrics in record.evaluation.leak.items()
     }
+    own = {"base": floor.base[UTILITY], "local_only": floor.local_only[UTILITY]}
+    if ladder:
+        attacks |= {each.name: each.utility for each in ladder.outcomes}
+        own |= ladder.floor
     last = evaluated[-1].evaluation
     assert last is not None
     server = final.server if final else last.server
-    return measure_protection(
-        None if server is None else server[UTILITY],
-        attacks,
-        {"base": floor.base[UTILITY], "local_only": floor.local_only[UTILITY]},
-    )
+    return measure_protection(None if server is None else server[UTILITY], attacks, own)
 
 
 def leak_of(record: RoundRecord) -> tuple[str, float] | None:
@@ -63,7 +70,7 @@ def leak_of(record: RoundRecord) -> tuple[str, float] | None:
     if record.evaluation is None or not record.evaluation.leak:
         return None
     models = {"client_before": record.evaluation.client_before, **record.evaluation.leak}
-    utilities = [(name, metrics[UTILITY]) for name, metrics in models.items() if metrics]
+    utilities = [(name, utility_of(metrics)) for name, metrics in models.items() if metrics]
     return max(utilities, key=lambda x: -math.inf if math.isnan(x[1]) else x[1])
 
 
@@ -90,16 +97,87 @@ def result(
     history: Sequence[RoundRecord],
     floor: Floor,
     final: Final | None = None,
+    ladder: Attacked | None = None,
 ) -> dict[str, Any]:
     """The result of a finished run, as plain values."""
-    return {
+    outcome = {
         "config": experiment.model_dump(mode="json"),
         "history": [record.to_dict() for record in history],
         "final": final.to_dict() if final else None,
         "floor": asdict(floor),
-        "protection": asdict(run_protection(history, floor, final)),
+        "protection": asdict(run_protection(history, floor, final, ladder)),
         "threat": threat_of_run(experiment),
+        "seconds": _seconds(history, ladder),
         "versions": {"fedlpp_ray": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
         "seed": experiment.seed,
     }
+    report = None
+    if ladder:
+        report = attack_report(experiment, outcome, ladder.outcomes, ladder.floor)
+        report |= {"threat": ladder.threat, "left_out": dict(ladder.left_out)}
+    return outcome | {"ladder": report}
+
+
+def _seconds(history: Sequence[RoundRecord], ladder: Attacked | None) -> dict[str, float | None]:
+    """Of all rounds; of these for what leaks, and its share; and of the ladder after them.
+
+    Where a round is evaluated while the next one trains, the share is of work, not of waiting.
+    """
+    run, leak = (sum(r.seconds.get(key, 0.0) for r in history) for key in ("total", "leak"))
+    share = leak / run if run else 0.0
+    return {
+        "run": run,
+        "leak": leak,
+        "leak_share": share,
+        "ladder": ladder.seconds if ladder else None,
+    }
+
+
+def attack_report(
+    experiment: Experiment,
+    outcome: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    own: Mapping[str, float],
+) -> dict[str, Any]:
+    """What attacks came to as plain values, with protection against each, each level, and all.
+
+    Args:
+        experiment: What was run, and by whom it was attacked.
+        outcome: The run's result.
+        outcomes: Of the attacks.
+        own: Utility of what the adversary's examples give it alone, by name.
+    """
+    last = last_server(outcome)
+    server = None if last is None else utility_of(last)
+    floor = dict(own) | {
+        name: utility_of(outcome["floor"][name]) for name in ("base", "local_only")
+    }
+
+    def protection(chosen: Sequence[Outcome]) -> dict[str, Any]:
+        return asdict(measure_protection(server, {x.name: x.utility for x in chosen}, floor))
+
+    levels = dict.fromkeys(each.level for each in outcomes)
+    return {
+        "adversary": experiment.adversary.model_dump(mode="json"),
+        "attacks": [
+            {"name": each.name, **_plain(each), "protection": protection([each])["value"]}
+            for each in outcomes
+        ],
+        "levels": {
+            level: protection([each for each in outcomes if each.level == level])
+            for level in levels
+        },
+        "protection": protection(outcomes),
+    }
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """An outcome without each example's score."""
+    return {key: value for key, value in vars(outcome).items() if key != "scores"}
+
+
+def utility_of(metrics: Mapping[str, Any]) -> float:
+    """NaN, of a model that has diverged, is null in a result."""
+    found = metrics[UTILITY]
+    return math.nan if found is None else float(found)

@@ -19,8 +19,8 @@ class Snapshot:
     Attributes:
         history: The finished rounds.
         memories: What clients keep, by client.
-        broadcasts: Those from which later rounds still train, and of the newest what an adversary
-            reads (`Watch`), by the round they were made in.
+        broadcasts: Those from which later rounds still train, and of the newest, or of all, what an
+            adversary reads (`Watch`), by the round they were made in.
         adapter: The server's state, as files by name. None: as it is made from the seed.
         final: The server's final model, after the last round, if there is one.
     """

@@ -220,6 +220,9 @@ class Solo:
         assert self._parts is not None
         return self._parts.part(number, make=self.group.rank == 0)
 
+    def attack(self, *_: object) -> None:
+        """Nothing travels."""
+
     def adapter(self) -> dict[str, bytes]:
         """The model as a PEFT adapter, and `training.pt`: what the optimizer remembers."""
         return self._files.of(self._state.read()) | {TRAINING: self._save()}

@@ -17,6 +17,12 @@ from fedlpp_ray.privacy.view import Base, Means, View, ViewError
 from fedlpp_ray.state import State
 
 
+def is_attackable(experiment: Experiment) -> bool:
+    """Whether the server has a model, all of which it sends to clients."""
+    personal = find_method(experiment.server.aggregation).personal
+    return experiment.method == "federated" and not personal
+
+
 @dataclass(frozen=True)
 class Bare:
     """Colluders that only read: `privacy.view.Tools` without a model or examples.
@@ -47,6 +53,9 @@ class Watch:
     Args:
         experiment: What is run.
         examples: (clients,) number of examples of each.
+
+    Attributes:
+        at_end: Whether the finished run is attacked (`adversary.at_end`).
     """
 
     def __init__(self, experiment: Experiment, examples: Sequence[int]) -> None:
@@ -54,10 +63,9 @@ class Watch:
         self._clients = frozenset(colluders(experiment, examples))
         self._means = means_of(experiment)
         self._editions = {edition(experiment, client) for client in self._clients}
-        # Where a part of the model stays at each client the server has none that could leak.
-        personal = find_method(experiment.server.aggregation).personal
-        federated = experiment.method == "federated"
-        self._attacks = find_attacks(list(self._config.watch if federated and not personal else ()))
+        attackable = is_attackable(experiment)
+        self._attacks = find_attacks(list(self._config.watch if attackable else ()))
+        self.at_end = attackable and bool(self._config.at_end)
 
     def due(self, round: int) -> bool:
         """Whether the leak is measured with the evaluation after a round, which is evaluated."""
@@ -69,12 +77,15 @@ class Watch:
         """Of the newest broadcasts what the adversary reads; of none where nothing is measured."""
         if not self._attacks:
             return {}
-        read = {
+        return dict(list(self.read(broadcasts).items())[-self._config.watch_window :])
+
+    def read(self, broadcasts: Mapping[int, Broadcast]) -> dict[int, Broadcast]:
+        """What the adversary reads of broadcasts, by the round in which each was made."""
+        return {
             made: own
             for made, broadcast in sorted(broadcasts.items())
             if (own := {key: broadcast[key] for key in sorted(self._editions & broadcast.keys())})
         }
-        return dict(list(read.items())[-self._config.watch_window :])
 
     def states(
         self, reader: Reader, newest: Mapping[int, Broadcast]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -24,6 +24,7 @@ from fedlpp_ray.federation.records import (
     Measured,
     Memory,
     Pending,
+    RoundRecord,
 )
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.runtime.cohort import CohortTraining
@@ -41,6 +42,9 @@ from fedlpp_ray.runtime.pool import Pool, Slot
 from fedlpp_ray.runtime.reactor import Reactor
 from fedlpp_ray.runtime.server import ServerActor, client_in
 from fedlpp_ray.runtime.sums import AtServer, OnNodes, Sums
+
+if TYPE_CHECKING:
+    from fedlpp_ray.federation.attacked import Attacked
 
 _SECONDS = 5.0
 """Seconds between two looks at whether the server is there."""
@@ -232,9 +236,9 @@ class RayBackend:
         )
 
         def wait() -> Measured:
-            *found, seconds = self._wait_for(client)
+            *found, leak, seconds = self._wait_for(client)
             self._evaluation_seconds = seconds
-            return Measured(Evaluation(self.server.result(server), *found), seconds)
+            return Measured(Evaluation(self.server.result(server), *found), seconds, leak)
 
         return wait
 
@@ -244,6 +248,15 @@ class RayBackend:
         floor: Floor = self._wait_for(answer)
         self._remember_peaks()
         return floor
+
+    def attack(
+        self, broadcasts: Mapping[int, Broadcast], history: Sequence[RoundRecord]
+    ) -> Attacked:
+        """The ladder on a finished run, at any client actor and however long it takes."""
+        arguments = ray.put(broadcasts), list(history)
+        answer = self._client_job("attack", lambda actor: actor.call.remote("attack", *arguments))
+        self.pool.until(lambda: answer.there, float("inf"))
+        return answer.get()  # type: ignore[no-any-return]
 
     def adapter(self) -> dict[str, bytes]:
         """The server's state as the files of a PEFT adapter."""

@@ -125,8 +125,8 @@ class Party:
                 return list(result)
             return result() if callable(result) else result
 
-    def evaluate(self, *arguments: Any) -> tuple[Any, Any, Any, float]:
-        """Evaluate a client: before and after training, what leaks, and the seconds it took."""
+    def evaluate(self, *arguments: Any) -> tuple[Any, Any, Any, float, float]:
+        """Evaluate a client: before and after training, what leaks; seconds of that, and of all."""
         start = time.perf_counter()
         with self._in_step():
             found = self._party.evaluate(*arguments)

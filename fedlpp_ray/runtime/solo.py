@@ -56,6 +56,9 @@ class SoloActor:
         reference = self._server.send("evaluate", round, broadcast, memory)
         return lambda: self._server.result(reference)
 
+    def attack(self, *_: object) -> None:
+        """Nothing travels."""
+
     def renew_server(self) -> None:
         """A new actor."""
         self._server.end()

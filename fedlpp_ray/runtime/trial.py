@@ -58,7 +58,8 @@ def _run(experiment: Experiment) -> None:
             metrics, files = round_metrics(federation.history), {}
             if record.round == experiment.federation.rounds:
                 floor = backend.measure_floor()
-                outcome = result(experiment, federation.history, floor, federation.final)
+                ladder = federation.attack()
+                outcome = result(experiment, federation.history, floor, federation.final, ladder)
                 metrics |= final_metrics(outcome)
                 files[RESULT] = to_json(outcome)
             _report(metrics, federation, files)

@@ -28,6 +28,7 @@ EXPERIMENT = "experiment.yaml"
 """The experiment, in each checkpoint."""
 CHECKPOINTS, RESULT, RUN_ID, LOCK = "checkpoints", "result.json", "run-id", "lock"
 BROADCASTS = "broadcasts"
+LEAK_CURVE = "leak_curve.png"
 KEPT = 2
 
 logger = logging.getLogger(__name__)

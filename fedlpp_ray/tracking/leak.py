@@ -8,7 +8,30 @@ from textwrap import fill
 from typing import Any
 
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.results import leak_of
 from fedlpp_ray.tasks import UTILITY
+
+Points = Sequence[tuple[int, float]]
+"""Utility after rounds."""
+
+
+def save_watched(outcome: Mapping[str, Any], utility: str, path: Path) -> None:
+    """Draw what a run has measured of its leak (`adversary.watch`), if it has.
+
+    Args:
+        outcome: Its result.
+        utility: Name of the metric that is the utility.
+        path: Where the PNG goes.
+    """
+    history = [RoundRecord.from_dict(record) for record in outcome["history"]]
+    leaks = {record.round: found for record in history if (found := leak_of(record))}
+    if not leaks:
+        return
+    curve = [(round, found) for round, (_, found) in leaks.items()]
+    title = f"Leak to {outcome['threat']}"
+    _draw(
+        history, curve, outcome["protection"]["floor"][1], title=title, utility=utility, path=path
+    )
 
 
 def save_leak_curve(
@@ -22,6 +45,20 @@ def save_leak_curve(
         utility: Name of the metric that is the utility.
         path: Where the PNG goes.
     """
+    curve = [(each["round"], each[UTILITY]) for each in report["leak_curve"]]
+    title = f"Leak to {report['threat']}"
+    _draw(history, curve, report["protection"]["floor"][1], title=title, utility=utility, path=path)
+
+
+def _draw(
+    history: Sequence[RoundRecord],
+    curve: Points,
+    floor: float | None,
+    *,
+    title: str,
+    utility: str,
+    path: Path,
+) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -30,12 +67,12 @@ def save_leak_curve(
     points = [(round, found[UTILITY]) for round, found in measured if found]
     if points:
         axes.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="server")
-    curve = report["leak_curve"]
-    rounds, values = ([each[key] for each in curve] for key in ("round", UTILITY))
-    axes.plot(rounds, values, color="C3", marker="x", label="strongest attack on broadcasts")
-    axes.axhline(report["protection"]["floor"][1], color="0.5", ls=":", label="floor")
+    label = "strongest attack on broadcasts"
+    axes.plot(*zip(*curve, strict=True), color="C3", marker="x", label=label)
+    if floor is not None:
+        axes.axhline(floor, color="0.5", ls=":", label="floor")
     axes.set(xlabel="round", ylabel=f"held-out {utility}")
-    axes.set_title(fill(f"Leak to {report['threat']}", 90), fontsize="small")
+    axes.set_title(fill(title, 90), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

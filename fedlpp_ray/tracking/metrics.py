@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.config.adversary import Watched
+from fedlpp_ray.config.adversary import ALL, Watched
+from fedlpp_ray.federation.means import attacks_of
 from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
-from fedlpp_ray.federation.results import last_server, leak_of
+from fedlpp_ray.federation.results import last_server, leak_of, utility_of
+from fedlpp_ray.federation.watch import is_attackable
 from fedlpp_ray.messages import total_bytes
+from fedlpp_ray.privacy.attacks import ATTACKS
 from fedlpp_ray.tasks import MEASURES, TEXT_MEASURES, UTILITY
 
 PROTECTION = "protection"
@@ -24,15 +26,20 @@ DP_BELOW = "dp/below"
 """The noised fraction of clients whose update was within the adaptive clip."""
 _NOT_MEASURED = ("examples",)
 _PHASES = ("broadcast", "train", "aggregate", "evaluate", "record", "client_compute", "overhead")
+_SECONDS = (*_PHASES, "leak", "total", "simulated", "run")
 LEAK = "leak"
 """Prefix of what attacks on the newest broadcasts came to, and of the strongest of them."""
+LEAK_SHARE = "leak_share"
+"""Of a run's time what these attacks took."""
+ATTACK = "attack"
+"""Prefix of what the ladder came to at the end of a run, and of the strongest of it."""
 FINAL = "final"
 """Prefix of the metrics of the model that the server ends with: its final one, or the last
 round's. Its utility is that of protection."""
 FINAL_UTILITY = f"{FINAL}/{UTILITY}"
 _FLOORS = ("floor_base", "floor_local_only")
 _OF_ANY_TASK = (
-    *(f"seconds/{phase}" for phase in (*_PHASES, "total", "simulated", "run")),
+    *(f"seconds/{phase}" for phase in _SECONDS),
     *(f"clients/{count}" for count in ("folded", *FAULTS, "staleness")),
     *("bytes/down", "bytes/up", TOTAL_BYTES),
     *("floor", "strongest_client", PROTECTION, "train/loss", ROUND),
@@ -51,7 +58,8 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
     finals = (FINAL,) if "server" in models else ()
     names = _names((*models, *finals, *_FLOORS), measures)
-    return (*names, *_dp_names(experiment), *_leak_names(experiment))
+    ladder = _ladder_names(experiment)
+    return (*names, *_dp_names(experiment), *_leak_names(experiment), *ladder)
 
 
 def _dp_names(experiment: Experiment) -> tuple[str, ...]:
@@ -61,9 +69,18 @@ def _dp_names(experiment: Experiment) -> tuple[str, ...]:
 
 
 def _leak_names(experiment: Experiment) -> tuple[str, ...]:
-    personal = find_method(experiment.server.aggregation).personal
-    watched = () if experiment.method != "federated" or personal else experiment.adversary.watch
-    return tuple(f"{LEAK}/{name}" for name in (*watched, *(["strongest"] if watched else [])))
+    watched = experiment.adversary.watch
+    if not watched or not is_attackable(experiment):
+        return ()
+    return (*(f"{LEAK}/{name}" for name in (*watched, "strongest")), LEAK_SHARE)
+
+
+def _ladder_names(experiment: Experiment) -> tuple[str, ...]:
+    asked = experiment.adversary.at_end
+    if not asked or not is_attackable(experiment):
+        return ()
+    names, _ = attacks_of(experiment, None if asked == ALL else list(asked))
+    return (*(f"{ATTACK}/{name}" for name in (*names, "strongest")), f"seconds/{ATTACK}")
 
 
 def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
@@ -73,6 +90,7 @@ def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
 _MODELS = (*EVALUATED, FINAL, *_FLOORS)
 _ALL = {name for measures in MEASURES.values() for name in _names(_MODELS, measures)}
 _ALL |= {*_DP, DP_BELOW, *(f"{LEAK}/{name}" for name in (*get_args(Watched), "strongest"))}
+_ALL |= {LEAK_SHARE, f"seconds/{ATTACK}", *(f"{ATTACK}/{n}" for n in (*ATTACKS, "strongest"))}
 
 
 def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
@@ -110,7 +128,8 @@ def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     """What only a finished run has, from its result (`fedlpp_ray.federation.results`).
 
     The model that the server ends with, if it has one, the floor, the strongest utility of a client
-    (NaN without clients), protection, and the time of all rounds.
+    (NaN without clients), protection, the time of all rounds, its share for what leaks, and the
+    ladder's attacks, each in that of the adversary's bases in which it came to most.
     """
     protection = outcome[PROTECTION]
     strongest = protection["strongest"]
@@ -122,7 +141,27 @@ def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
         "strongest_client": math.nan if strongest is None else strongest[1],
         PROTECTION: math.nan if protection["value"] is None else protection["value"],
         "seconds/run": sum(record["seconds"]["total"] for record in outcome["history"]),
+        **_watched_metrics(outcome),
+        **_ladder_metrics(outcome),
     }
+
+
+def _watched_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
+    watched = any(record.get(LEAK) for record in outcome["history"])
+    seconds = outcome.get("seconds")  # an earlier version's result has none
+    return {LEAK_SHARE: seconds["leak_share"]} if watched and seconds else {}
+
+
+def _ladder_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
+    if not (report := outcome.get("ladder")):
+        return {}
+    found: dict[str, list[float]] = {}
+    for each in report["attacks"]:
+        found.setdefault(each["attack"], []).append(utility_of(each["metrics"]))
+    best = {name: max(x, key=lambda u: (not math.isnan(u), u)) for name, x in found.items()}
+    if strongest := report[PROTECTION]["strongest"]:
+        best["strongest"] = strongest[1]
+    return _prefixed(ATTACK, best) | {f"seconds/{ATTACK}": outcome["seconds"]["ladder"]}
 
 
 def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:

@@ -65,11 +65,26 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
         f"floor     base {_shown(floor['base'][UTILITY])}  "
         f"local-only {_shown(floor['local_only'][UTILITY])} (client {floor['client']}, "
         f"{floor['examples']} examples)",
+        *_attacked_lines(outcome),
         "  ".join(found),
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
         *(f"threat    {words}" for words in [outcome.get("threat")] if words),
     ]
+
+
+def _attacked_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """What it took to watch the leak, and what the ladder came to."""
+    seconds, found = outcome.get("seconds") or {}, []
+    if seconds and any(record.get("leak") for record in outcome["history"]):
+        words = f"{seconds['leak']:.1f} s, {seconds['leak_share']:.1%} of the run's"
+        found.append(f"leak      watched in {words}")
+    if ladder := outcome.get("ladder"):
+        words = f"{ladder['threat']}; {seconds['ladder']:.1f} s"
+        if strongest := ladder["protection"]["strongest"]:
+            words = f"strongest {strongest[0]} {_shown(strongest[1])}; {words}"
+        found.append(f"ladder    {words}")
+    return found
 
 
 def _final_words(outcome: Mapping[str, Any]) -> str:

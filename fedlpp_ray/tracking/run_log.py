@@ -16,7 +16,7 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import ADAPTER, FINAL
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 from fedlpp_ray.tracking.metrics import (
     attack_metrics,
     final_metrics,
@@ -27,8 +27,8 @@ from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
 ARTIFACTS = "mlartifacts"
-ATTACKS = "attacks"
-"""Prefix of the tags that say who attacked."""
+ATTACKS, PROBES = "attacks", "probes"
+"""Prefixes of the tags that say who attacked, and who looked at updates."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +82,27 @@ class RunLog:
 
     def attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Log what attacks on the finished run came to, and the files that say more."""
-        self._try(lambda: self._afterwards(attack_metrics(report), files))
+        # The parameters are those of the run, which may be attacked under another threat model.
+        values = {f"{ATTACKS}.adversary.{key}": str(x) for key, x in report["adversary"].items()}
+        tags = {f"{ATTACKS}.threat": str(report["threat"])} | values
+        self._try(lambda: self._afterwards(attack_metrics(report), files, tags))
 
     def probed(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Log what the finished run's updates gave away, and the files that say more."""
-        self._try(lambda: self._afterwards(probe_metrics(report), files))
+        tags = {f"{PROBES}.threat": str(report["threat"])}
+        self._try(lambda: self._afterwards(probe_metrics(report), files, tags))
 
     def _afterwards(
-        self, by_round: Mapping[int, Mapping[str, float]], files: Sequence[Path]
+        self,
+        by_round: Mapping[int, Mapping[str, float]],
+        files: Sequence[Path],
+        tags: Mapping[str, str],
     ) -> None:
         run_id = self._run()
         for step, metrics in by_round.items():
             self._tracker.log(run_id, metrics, step)
         for path in files:
             self._tracker.client.log_artifact(run_id, str(path))
-        # The parameters are those of the run, which may be attacked under another threat model.
-        values = {f"{ATTACKS}.adversary.{key}": str(x) for key, x in report["adversary"].items()}
-        tags = {f"{ATTACKS}.threat": str(report["threat"])} | values
         self._tracker.close(run_id, "FINISHED", tags=tags)
 
     def _open(self) -> None:
@@ -119,6 +123,8 @@ class RunLog:
         self._rounds(history)
         self._tracker.log_final(self._run(), final_metrics(outcome), history[-1].round)
         self._tracker.client.log_artifact(self._run(), str(self._folder.path / RESULT))
+        if (curve := self._folder.path / LEAK_CURVE).exists():
+            self._tracker.client.log_artifact(self._run(), str(curve))
         if checkpoint := self._folder.latest():
             self._log_files(checkpoint)
         tags = {"threat": str(outcome["threat"])} if "threat" in outcome else {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,8 @@ from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.in_process import in_process
+from fedlpp_ray.federation.ladder import Ladder
+from fedlpp_ray.privacy.attacks import find_attacks
 from fedlpp_ray.runtime import connect, trial
 from fedlpp_ray.runtime.space import load_space
 from fedlpp_ray.runtime.sweep import run_sweep
@@ -71,6 +76,42 @@ def test_what_the_user_must_mend_is_not_tried_again(
     with pytest.raises(UserError, match="a reason"):
         run(UserError)
     assert tried[3:] == ["2"]
+
+
+def test_a_trial_that_was_started_again_attacks_all_that_it_has_sent(
+    tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its second report; each start finds what the last one has reported."""
+    values = {"federation.local_steps": 1, "adversary.watch": []}
+    experiment = tiny_experiment.with_values(values | {"adversary.at_end": ["mean-factors"]})
+    folders: list[Path] = []
+    reports: list[dict[str, float]] = []
+
+    def report(metrics: dict[str, float], checkpoint: tune.Checkpoint) -> None:
+        folder = tmp_path / f"checkpoint_{len(folders):06d}"
+        shutil.copytree(checkpoint.path, folder)
+        folders.append(folder)
+        reports.append(metrics)
+        if len(folders) == 2:
+            raise KeyboardInterrupt
+
+    newest = lambda: tune.Checkpoint(str(folders[-1])) if folders else None  # noqa: E731
+    monkeypatch.setattr(trial.tune, "report", report)
+    monkeypatch.setattr(trial.tune, "get_checkpoint", newest)
+    monkeypatch.setattr(trial, "get_current_placement_group", lambda: None)
+    monkeypatch.setattr(trial, "warm_backend", lambda *_: nullcontext(in_process(experiment)))
+    with pytest.raises(KeyboardInterrupt):
+        trial._run(experiment)
+    trial._run(experiment)
+    assert [each["round"] for each in reports] == [1, 2, 3]
+    (found,) = json.loads((folders[-1] / trial.RESULT).read_text())["ladder"]["attacks"]
+    sent: dict[int, Any] = {}
+    whole = Federation(experiment, in_process(experiment), sent.__setitem__)
+    list(whole.run())
+    (expected,) = Ladder(experiment, sent, whole.history).run(find_attacks(["mean-factors"]))
+    assert (found["broadcasts"], found["metrics"]) == (4, expected.metrics)
+    assert reports[-1]["attack/mean-factors"] == expected.utility
+    assert reports[-1]["attack/strongest"] == expected.utility
 
 
 SPACE = """
