@@ -328,10 +328,9 @@ def text_of(bench: Any) -> Any:
     return bench._text.held_out()[0]
 
 
-def test_a_writers_answers_are_written_by_the_newest_broadcast(
-    tmp_path: Path, tiny_experiment: Experiment
-) -> None:
+def test_a_writers_answers_are_written_by_the_newest_broadcast(tmp_path: Path) -> None:
     values = tiny.make_writing(tmp_path, "llama") | {"federation.rounds": 2, "downlink.bits": 2}
+    values |= {"generation.examples": 0}
     other = Run(Experiment().with_values(values))
     rows = [{"thing": thing} for thing in ("a cat", "the river", "one seven")]
     own = tiny.write_csv(tmp_path / "own.csv", rows)
