@@ -119,7 +119,7 @@ def measure(keys: Sequence[str]) -> list[Row]:
     """Run the sweep in a private cluster."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     space, clock = load_space(SPACE, keys, TRIALS), Clock()
-    preflight.check(space.experiments())
+    preflight.check(space.drawn)
     with tempfile.TemporaryDirectory() as storage, connect(space.base.runtime):
         begin = time.perf_counter()
         outcomes = run_sweep(space, storage, [clock])

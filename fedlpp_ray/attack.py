@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,9 @@ from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
 
 UTILITY = "utility"
 """As in `fedlpp_ray.tasks`, whose import takes seconds."""
+
+if TYPE_CHECKING:
+    from fedlpp_ray.privacy.attacks import Known
 
 ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
@@ -107,17 +110,15 @@ def _attack_run(
     """Attack one run, and write what came of it."""
     outcome = _result(run)
     # These take seconds to import; a wrong configuration is refused before.
-    from fedlpp_ray.federation.attacked import threat_of
     from fedlpp_ray.federation.checkpoint import trained
     from fedlpp_ray.federation.intervals import protection_intervals
     from fedlpp_ray.federation.ladder import Ladder, check_adversary
     from fedlpp_ray.federation.records import RoundRecord
     from fedlpp_ray.federation.results import attack_report, to_json, utility_of
-    from fedlpp_ray.privacy.attacks import find_attacks
     from fedlpp_ray.tracking.leak import save_leak_curve
 
     check_adversary(experiment)
-    attacks = find_attacks(options.attacks.split(",") if options.attacks else None)
+    attacks, left_out = _feasible(options.attacks, experiment)
     if options.curve and all(each.level != "broadcast" for each in attacks.values()):
         raise UserError("--curve: none of these attacks only reads broadcasts")
     history = [RoundRecord.from_dict(record) for record in outcome["history"]]
@@ -126,8 +127,9 @@ def _attack_run(
         raise UserError(f"{run} has no broadcasts: it is of an earlier version, or no federation")
     console.print(f"{run}: preparing ...")
     ladder = Ladder(experiment, broadcasts, history)
-    threat = threat_of(experiment, ladder)
-    console.print(threat)
+    console.print(ladder.threat)
+    if left_out:
+        console.print(_left_out(left_out))
     outcomes = []
     for each in ladder.run(attacks):
         outcomes.append(each)
@@ -135,7 +137,8 @@ def _attack_run(
     console.print("measuring the server and the floor ...")
     own = ladder.scored_floor()
     utilities = {name: utility_of(metrics) for name, (metrics, _) in own.items()}
-    report = attack_report(experiment, outcome, outcomes, utilities) | {"threat": threat}
+    report = attack_report(experiment, outcome, outcomes, utilities)
+    report |= {"threat": ladder.threat, "left_out": left_out}
     has_server = report["protection"]["server"] is not None
     adapter = trained(RunFolder(run, experiment)) if has_server else {}
     found = protection_intervals(ladder, outcomes, own, adapter, experiment.seed)
@@ -178,6 +181,25 @@ def _experiment(outcome: dict[str, Any], overrides: Sequence[str], run: Path) ->
     return Experiment.from_dict(outcome["config"], str(run / RESULT)).with_values(values)
 
 
+def _feasible(names: str | None, experiment: Experiment) -> tuple[dict[str, Known], dict[str, str]]:
+    """The attacks to make, and why not the others; one that was asked for is not left out."""
+    from fedlpp_ray.federation.means import means_of
+    from fedlpp_ray.privacy.attacks import feasible, find_attacks
+
+    named = find_attacks(names.split(",") if names else None)
+    attacks, left_out = feasible(named, means_of(experiment))
+    if names:
+        for name, reason in left_out.items():
+            raise UserError(f"--attacks: '{name}' {reason}")
+    return attacks, left_out
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    """The attacks that the adversary cannot make, by what they need."""
+    needs = {reason: [n for n, x in reasons.items() if x == reason] for reason in reasons.values()}
+    return "left out: " + "; ".join(f"{', '.join(x)} ({reason})" for reason, x in needs.items())
+
+
 def _add_intervals(
     report: dict[str, Any],
     attacks: Mapping[str, Interval],
@@ -194,7 +216,10 @@ def _add_intervals(
 
 def _table(report: dict[str, Any]) -> Table:
     columns = ("attack", "level", "broadcasts", "utility", "protection", "95 % interval")
-    shown = Table(*columns, box=None, title=report["threat"], title_justify="left")
+    title = report["threat"]
+    if report["left_out"]:
+        title += f"\n{_left_out(report['left_out'])}"
+    shown = Table(*columns, box=None, title=title, title_justify="left")
     for each in report["attacks"]:
         utility = f"{each['metrics'][UTILITY]:.3f}"
         cells = [each["name"], each["level"], str(each["broadcasts"]), utility]

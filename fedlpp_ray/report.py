@@ -12,11 +12,11 @@ from rich.table import Table
 
 from fedlpp_ray.runtime.sweep import TrialOutcome
 from fedlpp_ray.tasks import UTILITY
-from fedlpp_ray.tracking.metrics import PROTECTION, ROUND, SERVER_UTILITY, short
+from fedlpp_ray.tracking.metrics import FINAL_UTILITY, PROTECTION, ROUND, SERVER_UTILITY, short
 
 BEST = "non_dominated"
 _COLUMNS = {
-    SERVER_UTILITY: "server",
+    FINAL_UTILITY: "server",
     f"client_before/{UTILITY}": "client before",
     f"client_after/{UTILITY}": "client after",
     "strongest_client": "strongest client",
@@ -41,7 +41,7 @@ def summarize(
         row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)
-    for metric in {*objectives, *_COLUMNS} - set(table):  # no trial has it
+    for metric in {*objectives, *_COLUMNS, SERVER_UTILITY} - set(table):  # no trial has it
         table[metric] = math.nan
     points = table[list(objectives)].astype(float).where(table["status"] == "finished")
     table[BEST] = non_dominated(points.to_numpy(), objectives.values())
@@ -75,13 +75,15 @@ def non_dominated(points: Any, directions: Iterable[str]) -> list[bool]:
 
 def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
     """The summary for the terminal; a star marks the non-dominated trials."""
-    shown = Table("", *[key.rpartition(".")[2] for key in keys], *_COLUMNS.values(), box=None)
+    titles = [key.rpartition(".")[2].replace("_", " ") for key in keys]  # words, to break lines at
+    shown = Table("", *titles, *_COLUMNS.values(), box=None)
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
         if row["status"] != "finished":
             last = row.get(ROUND, math.nan)
             after = "" if math.isnan(last) else f" after round {last:.0f}"
             cells[list(_COLUMNS).index(PROTECTION)] = f"{row['status']}{after}"
+            cells[list(_COLUMNS).index(FINAL_UTILITY)] = _cell(SERVER_UTILITY, row[SERVER_UTILITY])
         shown.add_row("*" if row[BEST] else "", *[short(row[key]) for key in keys], *cells)
     return shown
 
@@ -114,12 +116,12 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path
         colour = f"C{number}"
         megabytes = group["bytes/total"] / 1e6
         label = f"{keys[0]} = {value}"
-        axes.vlines(megabytes, group["strongest_client"], group[SERVER_UTILITY], colour, lw=1)
-        axes.scatter(megabytes, group[SERVER_UTILITY], color=colour, label=label)
+        axes.vlines(megabytes, group["strongest_client"], group[FINAL_UTILITY], colour, lw=1)
+        axes.scatter(megabytes, group[FINAL_UTILITY], color=colour, label=label)
         client = axes.scatter(megabytes, group["strongest_client"], color=colour, marker="x")
         client.set_label(None)
         best = group[group[BEST]]
-        axes.scatter(best["bytes/total"] / 1e6, best[SERVER_UTILITY], s=140, fc="none", ec=colour)
+        axes.scatter(best["bytes/total"] / 1e6, best[FINAL_UTILITY], s=140, fc="none", ec=colour)
     if len(finished):
         axes.axhspan(finished["floor"].min(), finished["floor"].max(), color="0.5", alpha=0.2)
     axes.scatter([], [], color="0.3", marker="x", label="strongest client model")

@@ -55,19 +55,20 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
     from fedlpp_ray.tracking.mlflow_runs import Tracker, default_uri
 
     space = load_space(options.space, options.overrides, options.max_trials)
+    logging.getLogger("optuna").setLevel(logging.WARNING)  # after its import, which sets INFO
     remote = "://" in options.storage
     local = Path("results" if remote else options.storage).resolve()
     _check_storage(options.storage, local, remote=remote)
-    preflight.check(space.experiments())
+    preflight.check(space.drawn)
     uri = options.tracking_uri or default_uri(local)
     tracker = Tracker(uri, space.name, local / "mlartifacts")
     shown = without_secrets(options.storage)
     console.print(f"{space.name}: {space.total} trials, storage {shown}")
     progress = ProgressCallback(space.total, space.keys)
-    log = MlflowCallback(uri, space.name, space.base, space.keys, local / "mlartifacts")
+    log = MlflowCallback(uri, space.name, space.variants, space.keys, local / "mlartifacts")
     with connect(space.base.runtime):
         at_once = space.tune_config.max_concurrent_trials or space.total
-        first = next(iter(space.experiments()))  # with what the space holds constant
+        first = space.drawn[0]  # with what the space holds constant
         show_plan(first, console, most_trials=min(at_once, space.total))
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])

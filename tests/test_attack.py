@@ -42,6 +42,9 @@ def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(run:
         expected = (server - max(utilities.values())) / (server - floor)
         assert total["value"] == pytest.approx(expected)
     assert set(report["levels"]) == {"broadcast", "trained"}
+    without = "needs adversary.auxiliary"
+    assert report["left_out"] == {"distilled": without, "distilled-mean": without}
+    assert not utilities.keys() & report["left_out"].keys()
 
 
 def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
@@ -65,6 +68,8 @@ def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
     assert [(p.step, p.value) for p in points] == [(c["round"], c["utility"]) for c in curve]
     assert logged.data.metrics["attacks/strongest"] == report["protection"]["strongest"][1]
     assert logged.info.status == "FINISHED"
+    assert logged.data.tags["attacks.threat"] == report["threat"]
+    assert logged.data.tags["attacks.adversary.architecture"] == "known"
 
 
 def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
@@ -85,6 +90,11 @@ def test_only_what_was_asked_for_is_run(run: Path, tmp_path: Path) -> None:
         (["--curve", "1", "--attacks", "tuned"], "none of these attacks only reads broadcasts"),
         (["--curve", "0"], "allowed: 1 and more"),
         (["--attacks", "nonsense"], "attack 'nonsense' is not one of"),
+        (["--attacks", "distilled"], "--attacks: 'distilled' needs adversary.auxiliary"),
+        (
+            ["--attacks", "trend,tuned", "adversary.architecture=unknown"],
+            "--attacks: 'tuned' needs adversary.architecture 'known'",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -141,6 +151,7 @@ def test_every_protection_has_its_interval_over_the_held_out_examples(
     report = json.loads(out.read_text())
     total = report["protection"]
     assert "adversary client" in report["threat"]
+    assert "architecture known; has their base, no auxiliary text" in report["threat"]
     if total["value"] is None:
         assert total["interval"]["low"] is None
     elif total["interval"]["low"] is not None:

@@ -65,7 +65,7 @@ def test_train_in_process_and_in_ray_write_the_same_result(
         assert "round 2/2" in done.stderr
         assert "protection" in done.stderr
         outcome = json.loads((project / name).read_text())
-        keys = {"config", "history", "final", "floor", "protection", "versions", "seed"}
+        keys = {"config", "history", "final", "floor", "protection", "threat", "versions", "seed"}
         assert set(outcome) == keys
         assert outcome["config"]["lora"]["rank"] == 2
         assert [record["round"] for record in outcome["history"]] == [1, 2]
@@ -86,7 +86,17 @@ def test_a_centralised_run_says_what_any_run_says(project: Path) -> None:
     arguments = ["train", "tiny.yaml", "method=centralised", "--output", "run"]
     done = command(project, *arguments)
     assert (done.returncode, done.stdout) == (0, "")
-    ours = ("tiny.yaml", "placement", "  ", "round", "floor", "server", "protection", "result")
+    ours = (
+        "tiny.yaml",
+        "placement",
+        "  ",
+        "round",
+        "floor",
+        "server",
+        "protection",
+        "threat",
+        "result",
+    )
     lines = [x for x in done.stderr.splitlines() if x and "Generating train split" not in x]
     assert [line for line in lines if not line.startswith(ours)] == []
     (project / "run" / "result.json").rename(project / "first.json")

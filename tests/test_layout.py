@@ -12,7 +12,7 @@ ROOMS = [
     *("errors", "assets", "cache", "state", "seeds", "base_stream", "command_line"),
     *("config", "storage", "quantization", "messages", "models", "lora", "aggregation", "privacy"),
     *("tasks", "training", "federation", "tracking", "runtime"),
-    *("report", "train", "tune", "attack"),
+    *("report", "train", "tune", "attack", "probe"),
 ]
 """From the ground up, as in CONTRIBUTING.md."""
 

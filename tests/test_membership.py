@@ -9,14 +9,27 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from fedlpp_ray.privacy import (
+    MemberScores,
+    Membership,
     PrivacyError,
     loss_scores,
     match_labels,
-    measure_membership,
     measure_scores,
+    membership_scores,
     min_k_scores,
+    pool_scores,
     reference_scores,
 )
+
+Losses = list[np.ndarray]
+
+
+def measured(
+    members: Losses, others: Losses, members_before: Losses, others_before: Losses
+) -> dict[str, Membership]:
+    references = {"reference": (members_before, others_before)}
+    found = membership_scores((members, others), references)
+    return {name: measure_scores(*sides) for name, sides in found.items()}
 
 
 def array(*values: float) -> np.ndarray:
@@ -107,7 +120,7 @@ def test_a_model_that_has_diverged_is_refused(bad: float) -> None:
     for losses in itertools.product([good, poisoned], repeat=4):
         if any(part is poisoned for part in losses):
             with pytest.raises(PrivacyError, match="diverged"):
-                measure_membership(*losses)
+                measured(*losses)
 
 
 def test_scores_by_hand() -> None:
@@ -122,8 +135,8 @@ def test_scores_by_hand() -> None:
 
 def test_min_k_is_of_texts_with_several_targets() -> None:
     one, several = [array(1), array(2)], [array(1, 2), array(2, 1)]
-    assert set(measure_membership(one, one, one, one)) == {"loss", "reference"}
-    found = measure_membership(several, several, several, several)
+    assert set(measured(one, one, one, one)) == {"loss", "reference"}
+    found = measured(several, several, several, several)
     assert set(found) == {"loss", "reference", "min_k"}
     assert {each.auc for each in found.values()} == {0.5}
 
@@ -134,7 +147,7 @@ def test_a_reference_takes_away_that_some_texts_are_easier() -> None:
     hard, easy = rng.normal(5, 0.5, 50), rng.normal(3, 0.5, 50)
     after = [array(x - 0.2) for x in hard], [array(x + 0.0) for x in easy]
     before = [array(x) for x in hard], [array(x) for x in easy]
-    found = measure_membership(*after, *before)
+    found = measured(*after, *before)
     assert found["loss"].auc < 0.1
     assert found["reference"].auc == 1
 
@@ -159,3 +172,59 @@ def test_with_more_members_than_others_of_a_label_some_members_are_left_out() ->
 def test_nothing_matches_where_no_label_is_common() -> None:
     first, second = match_labels([0, 0], [1], np.random.default_rng(0))
     assert (len(first), len(second)) == (0, 0)
+
+
+def member_scores(
+    members: np.ndarray, others: np.ndarray, labels: list[int], first: int = 0
+) -> MemberScores:
+    texts = np.arange(first, first + len(members)), np.arange(len(others))
+    return MemberScores(members, others, *texts, np.array(labels))
+
+
+def test_scores_of_one_text_are_one_cluster_of_the_interval() -> None:
+    """Each score twice: to Obuchowski the same number of texts, to DeLong twice as many."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(0.7, 1, 12), rng.normal(0, 1, 15)
+    once, twice = measure_scores(x, y), (np.repeat(x, 2), np.repeat(y, 2))
+    texts = np.repeat(np.arange(12), 2), np.repeat(np.arange(15), 2)
+    found = measure_scores(*twice, texts)
+    assert found.auc == once.auc
+    assert found.interval == pytest.approx(once.interval)
+    narrow = measure_scores(*twice).interval
+    assert narrow is not None
+    assert once.interval is not None
+    assert narrow[1] - narrow[0] < 0.8 * (once.interval[1] - once.interval[0])
+
+
+def test_the_interval_of_clusters_covers_the_true_auc() -> None:
+    """Ten scores a text, that share most of their variance; AUC as of two normals 1 apart."""
+    rng, covered = np.random.default_rng(0), 0
+    texts = np.repeat(np.arange(30), 10), np.repeat(np.arange(40), 10)
+    for _ in range(400):
+        x, y = (
+            (rng.normal(0, 0.9**0.5, len(set(t)))[t] + rng.normal(0, 0.1**0.5, len(t)) + shift)
+            for t, shift in zip(texts, (1, 0), strict=True)
+        )
+        low, high = measure_scores(x, y, texts).interval or (0, 0)
+        covered += low < 0.76025 < high
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_one_percent_needs_a_hundred_different_non_members() -> None:
+    texts = np.arange(10), np.arange(120) % 99
+    found = measure_scores(np.arange(10.0), np.arange(120.0), texts)
+    assert found.tpr is None
+    assert found.reason == "99 non-members; a false-positive rate of 1 % needs 100 or more"
+
+
+def test_pooled_updates_have_as_many_non_members_a_member() -> None:
+    """Neither update tells members; one has lower scores and more non-members."""
+    rng = np.random.default_rng(0)
+    one = member_scores(rng.normal(3, 1, 60), rng.normal(3, 1, 60), [0] * 40 + [1] * 20)
+    two = member_scores(rng.normal(0, 1, 60), rng.normal(0, 1, 240), [0] * 160 + [1] * 80, 60)
+    found = pool_scores([one, two], np.random.default_rng(0))
+    assert (len(found.members), len(found.others)) == (120, 120)
+    assert np.bincount(found.labels).tolist() == [80, 40]
+    assert found.measure().auc == pytest.approx(0.5, abs=0.05)
+    mixed = np.concatenate([one.others, two.others])
+    assert measure_scores(found.members, mixed).auc > 0.6

@@ -67,11 +67,24 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
     console.print(console_table(table, ["downlink.bits", "lora.rank"]))
     best, undefined, failed, stopped = console.export_text().splitlines()[1:]
     assert best.split()[:3] == ["*", "2", "4"]
+    assert best.split()[3] == f"{outcomes[0].metrics['final/utility']:.3f}"
     assert "+0.250" in best
     assert "undefined" in undefined
     assert failed.split() == ["8", "4", "-", "-", "-", "-", "-", "failed", "-", "-"]
     assert "1.000" in stopped
     assert "stopped after round 1" in stopped
+
+
+def test_a_search_of_many_keys_is_shown_in_full() -> None:
+    keys = ["downlink.bits", "downlink.kind", "downlink.block", "downlink.full_precision_head"]
+    keys += ["client.base_bits", "lora.rank", "federation.client_fraction", "defence"]
+    config = dict(zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "norm"], strict=True))
+    stopped = TrialOutcome("1", config, {"server/utility": 0.5, "round": 4.0}, None)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(console_table(summarize([stopped], keys, OBJECTIVES), keys))
+    words = console.export_text().split()
+    assert set(map(str, config.values())) | {"full", "precision", "head", "fraction"} <= set(words)
+    assert not any("…" in word for word in words)
 
 
 def test_plots_are_drawn_also_of_sweeps_with_failures(
@@ -86,7 +99,9 @@ def test_plots_are_drawn_also_of_sweeps_with_failures(
 def test_a_sweep_without_server_models_has_a_table_and_a_plot(
     outcomes: list[TrialOutcome], tmp_path: Path
 ) -> None:
-    metrics = {k: v for k, v in outcomes[0].metrics.items() if not k.startswith("server/")}
+    metrics = {
+        k: v for k, v in outcomes[0].metrics.items() if k.split("/")[0] not in ("server", "final")
+    }
     table = summarize(
         [replace(outcomes[0], metrics=metrics)], ["downlink.bits"], {"bytes/total": "min"}
     )

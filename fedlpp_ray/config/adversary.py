@@ -46,6 +46,15 @@ class AdversaryConfig(Section):
     rounds: Literal["all", "sampled"] = "all"
     """Of which rounds they have the broadcasts: `sampled`, those in which one of them took part; or
     `all`, the worst case: they take part in every round, or wait until they were chosen often."""
+    architecture: Literal["known", "unknown"] = "known"
+    """Whether they know what the tensors of a broadcast are. `unknown`: the client's software is a
+    black box to them, as in an enclave. It trains as in a round and measures, and they can put
+    tensors into it; but there are no products, no gauge, no other base and no training beside."""
+    auxiliary: str | None = None
+    """Text of their own beside their clients' examples, whatever `task.data` may be, split "train".
+    Of classification it has the task's text columns, of task `generation` those of `task.prompt`,
+    of other text to write a column "prompt". Labels and targets are not read, and what is held out
+    is left out. None: they have none."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of their own examples on which they choose; they train attacks on the rest."""
     patience: Positive = 3

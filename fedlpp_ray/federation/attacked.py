@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.config.adversary import ALL
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.ladder import Ladder, Outcome, check_adversary
+from fedlpp_ray.federation.means import means_of
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.wire import Broadcast
-from fedlpp_ray.privacy.attacks import Known, find_attacks
+from fedlpp_ray.privacy.attacks import Known, feasible, find_attacks
 
 COMMAND = "python -m fedlpp_ray.attack"
 
@@ -27,12 +28,14 @@ class Attacked:
         outcomes: Of each attack in each base, without each example's score.
         floor: Utility of what the adversary's examples give it alone, by name.
         seconds: That it took.
+        left_out: Why the adversary cannot make the other attacks, by name.
     """
 
     threat: str
     outcomes: tuple[Outcome, ...]
     floor: Mapping[str, float]
     seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_at_end(experiment: Experiment) -> None:
@@ -44,9 +47,12 @@ def check_at_end(experiment: Experiment) -> None:
     if not experiment.adversary.at_end:
         return
     try:
-        _asked(experiment)
+        _, left_out = _asked(experiment)
     except UserError as error:
         raise ConfigError(f"adversary.at_end: {error}; or all") from None
+    if experiment.adversary.at_end != ALL:
+        for name, reason in left_out.items():
+            raise ConfigError(f"adversary.at_end: '{name}' {reason}")
     check_adversary(experiment)
     for name, party in (("client", experiment.client), ("server", experiment.server)):
         if party.zero.stage == 3:
@@ -71,24 +77,14 @@ def attack(
         ladder = Ladder(experiment, broadcasts, history)
     except UserError as error:  # it costs the attacks, not the run
         return Attacked(f"no attack: {error}", (), {}, time.perf_counter() - start)
-    outcomes = tuple(replace(each, scores=None) for each in ladder.run(_asked(experiment)))
-    threat, floor = threat_of(experiment, ladder), ladder.floor()
-    return Attacked(threat, outcomes, floor, time.perf_counter() - start)
+    attacks, left_out = _asked(experiment)
+    outcomes = tuple(replace(each, scores=None) for each in ladder.run(attacks))
+    floor = ladder.floor()
+    return Attacked(ladder.threat, outcomes, floor, time.perf_counter() - start, left_out)
 
 
-def _asked(experiment: Experiment) -> dict[str, Known]:
+def _asked(experiment: Experiment) -> tuple[dict[str, Known], dict[str, str]]:
+    """The attacks that the adversary can make, and why not the others."""
     asked = experiment.adversary.at_end
-    return find_attacks(None if asked == ALL else list(asked))
-
-
-def threat_of(experiment: Experiment, ladder: Ladder) -> str:
-    """The threat model in words, which belongs beside every number."""
-    clients = sorted(ladder.view.tools.clients)
-    who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} colluding clients"
-    bases = {"client": "their base", "public": "W0 in full precision"}
-    bases["corrected"] = "W0 + R, as the server corrects it"
-    count, rounds = len(ladder.view.received), experiment.adversary.rounds
-    return (
-        f"adversary {who}, passive; has {' and '.join(bases[each] for each in ladder.bases)}; "
-        f"{count} broadcasts (adversary.rounds '{rounds}')"
-    )
+    named = find_attacks(None if asked == ALL else list(asked))
+    return feasible(named, means_of(experiment))

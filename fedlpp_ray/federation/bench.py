@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import islice
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import correction_of, load_client_base
+from fedlpp_ray.federation.means import means_of
 from fedlpp_ray.federation.sampling import colluders
 from fedlpp_ray.lora import (
     ModelState,
@@ -24,18 +26,29 @@ from fedlpp_ray.lora import (
     store_in_bf16,
     with_residuals,
 )
-from fedlpp_ray.privacy.view import Base
+from fedlpp_ray.privacy.view import Base, ViewError
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State, part
-from fedlpp_ray.tasks import Metrics, Tokens, evaluation_batches
-from fedlpp_ray.training import FedProx, Scored, Training, client_descent, mean_loss, whole_descent
+from fedlpp_ray.tasks import Encoded, Metrics, Tokens, collate, evaluation_batches
+from fedlpp_ray.tasks.batches import Label
+from fedlpp_ray.training import (
+    FedProx,
+    Imitation,
+    Scored,
+    Training,
+    client_descent,
+    mean_loss,
+    opinions,
+    whole_descent,
+)
 
 
 def bases_of(experiment: Experiment) -> tuple[Base, ...]:
     """The frozen models of the colluders; W0 is not named twice where clients have it anyhow."""
     has_all = experiment.client.base_bits == FULL_PRECISION and experiment.client.compute == "fp32"
-    public = experiment.adversary.base != "proprietary" and experiment.emulator.kind == "none"
-    if has_all or not public:
+    adversary = experiment.adversary
+    public = adversary.base != "proprietary" and experiment.emulator.kind == "none"
+    if has_all or not public or adversary.architecture == "unknown":
         return ("client",)
     # The server's correction is made of W0 and of the quantizer, which who has W0 knows.
     corrected = experiment.server.base_correction > 0
@@ -49,6 +62,12 @@ def _corrected_base(experiment: Experiment, text: FederatedText) -> nn.Module:
     assert correction is not None
     correction.fold()
     return base
+
+
+def _over_and_over(texts: Encoded, random: torch.Generator) -> Iterator[tuple[Tensor, Label]]:
+    """Every text once in random order, again and again."""
+    while True:
+        yield from (texts[i] for i in torch.randperm(len(texts), generator=random).tolist())
 
 
 class Held:
@@ -87,6 +106,11 @@ class Bench:
     Attributes:
         clients: The colluders.
         bases: What they have.
+        means: What else.
+        auxiliary: Number of texts of their own.
+
+    Raises:
+        AssetError, TaskError: the model or auxiliary text cannot be used.
     """
 
     def __init__(
@@ -97,7 +121,10 @@ class Bench:
         emulator: bytes | None,
     ) -> None:
         self._experiment, self._text, self._device = experiment, text, device
-        self.bases = bases_of(experiment)
+        self.bases, self.means = bases_of(experiment), means_of(experiment)
+        named = experiment.adversary.auxiliary
+        self._auxiliary: Encoded = () if named is None else text.auxiliary(named)
+        self.auxiliary = len(self._auxiliary)
         base, compute = load_client_base(experiment, text, emulator), experiment.client.compute
         self._held: dict[Base, Held] = {"client": Held(experiment, base, device, compute)}
         if "public" in self.bases:
@@ -166,20 +193,61 @@ class Bench:
 
     def tune(self, state: State, base: Base) -> State:
         """The state of the lowest validation loss, the first included, at a constant rate."""
-        experiment, config = self._experiment, self._experiment.adversary
-        held, best, lowest, since = self._held[base], state, self.loss(state, base), 0
-        steps = experiment.federation.steps(len(self._train), experiment.client.batch_size)
+        experiment = self._experiment
         training = Training(
-            held.model,
+            self._held[base].model,
             self._train,
             experiment.client,
-            steps=steps * config.max_looks,
+            steps=self._steps * experiment.adversary.max_looks,
             seed=derive(experiment.seed, "adversary"),
             pad=self._text.pad,
             device=self._device,
         )
+        return self._best(state, base, training.advance)
+
+    def distil(self, state: State, teachers: Sequence[tuple[float, State]], base: Base) -> State:
+        """The same while it learns on the auxiliary text what the teachers say of it.
+
+        A text to be written is first written by the newest of them.
+
+        Raises:
+            ViewError: there is no auxiliary text.
+        """
+        if not self._auxiliary:
+            raise ViewError("the adversary has no auxiliary text")
+        held, client, (_, newest) = self._held[base], self._experiment.client, teachers[-1]
+        imitation = Imitation(held.model, client, self._device)
+        stream = _over_and_over(self._auxiliary, generator(self._experiment.seed, "auxiliary"))
+
+        def advance(steps: int) -> None:
+            student = held.state.read()
+            chosen = list(islice(stream, steps * client.batch_size))
+            texts = self._text.answered(chosen, self._put(newest, base), self._device)
+            batches = [
+                collate(texts[i : i + client.batch_size], self._text.pad)
+                for i in range(0, len(texts), client.batch_size)
+            ]
+            said = [
+                [weight * x for x in opinions(self._put(teacher, base), batches, self._device)]
+                for weight, teacher in teachers
+            ]
+            held.state.write(student)
+            imitation.advance(batches, [sum(x[1:], x[0]) for x in zip(*said, strict=True)])
+
+        return self._best(state, base, advance)
+
+    @property
+    def _steps(self) -> int:
+        """Between two looks: those of a client's round, with the examples that are trained on."""
+        experiment = self._experiment
+        return experiment.federation.steps(len(self._train), experiment.client.batch_size)
+
+    def _best(self, state: State, base: Base, advance: Callable[[int], object]) -> State:
+        """The state of the lowest validation loss, the first included, while it is trained on."""
+        config = self._experiment.adversary
+        held, best, lowest, since = self._held[base], state, self.loss(state, base), 0
         for _ in range(config.max_looks):
-            training.advance(steps)
+            advance(self._steps)
             found = self._loss(base)
             if found < lowest:
                 best, lowest, since = held.state.read(), found, 0

@@ -8,6 +8,7 @@ from fedlpp_ray.aggregation import METHODS, Method, find_method, find_robust
 from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import FULL_PRECISION, ConfigError, Experiment
 from fedlpp_ray.federation import guarded
+from fedlpp_ray.federation.means import check_watch
 from fedlpp_ray.federation.private import refusals
 from fedlpp_ray.privacy.dp import check_accountant
 
@@ -20,6 +21,7 @@ def check_combinations(experiment: Experiment) -> None:
         UserError: `dp.clip` without its accountant.
     """
     _check_privacy(experiment)
+    check_watch(experiment)
     for key, reasons in guarded.refusals(experiment.downlink).items():
         _refuse(key, reasons)
     _check_emulator(experiment)

@@ -8,17 +8,22 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
 from fedlpp_ray.tasks import (
+    IGNORED,
     Encoded,
     Prompts,
+    TaskError,
     Tokens,
     Wording,
+    encode,
+    load_auxiliary,
     load_corpus,
     share_out,
 )
@@ -32,6 +37,7 @@ from fedlpp_ray.training import (
     classification_scorer,
     generation_evaluator,
     generation_scorer,
+    write,
 )
 
 
@@ -98,6 +104,57 @@ class FederatedText:
     def servers(self) -> Tokens:
         """The server's own examples, which no client has."""
         return self._own
+
+    def auxiliary(self, data: str) -> Encoded:
+        """Text that is no party's, in random order: with the label 0, or nothing yet to write.
+
+        What is held out is left out.
+
+        Args:
+            data: As `adversary.auxiliary`.
+
+        Raises:
+            AssetError, TaskError: the data cannot be used, or nothing is left.
+        """
+        config, held_out = self._experiment.task, self._held_out
+        found = load_auxiliary(config, data)
+        if isinstance(found, Prompts):
+            assert isinstance(held_out, Prompts)
+            wording = self._wording()
+            asked = [torch.tensor(wording.prompt(text)) for text in found.prompts]
+            texts: Encoded = [(x, torch.full_like(x, IGNORED)) for x in asked]
+            measured = [torch.tensor(wording.prompt(text)) for text in held_out.prompts]
+        else:
+            assert not isinstance(held_out, Prompts)
+            texts = encode(found, self._load_tokenizer(), config.max_length)
+            measured = [ids for ids, _ in held_out]
+        known = {tuple(ids.flatten().tolist()) for ids in measured}
+        kept = [x for x in texts if tuple(x[0].flatten().tolist()) not in known]
+        if not kept:
+            raise TaskError(f"adversary.auxiliary: each text of '{data}' is held out")
+        return kept
+
+    def answered(self, texts: Encoded, model: nn.Module, device: torch.device) -> Encoded:
+        """Texts of `auxiliary` with what a model writes greedily, if there is anything to write."""
+        if self.classes is not None:
+            return texts
+        generation, wording = self._experiment.generation, self._wording()
+        written = write(
+            model.eval(),
+            [ids.tolist() for ids, _ in texts],
+            generation.model_copy(update={"beams": 1}),
+            pad=self.pad,
+            stop=wording.stop,
+            batch_size=self._experiment.evaluation.batch_size,
+            device=device,
+        )
+        # Where a text was cut, what would come next stands where the end token is.
+        ends = [torch.tensor([*tokens, wording.stop[0]]) for tokens in written]
+        return [
+            (torch.cat([ids, end]), torch.cat([nothing, end]))
+            for (ids, nothing), end in zip(texts, ends, strict=True)
+            if isinstance(nothing, Tensor)
+        ]
 
     def steps(self, client: int) -> int:
         """Optimizer steps that a client makes in a round."""

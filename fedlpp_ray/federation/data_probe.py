@@ -7,7 +7,7 @@ all that `uplink` does to it. `privacy/membership.py` and `privacy/inversion.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,14 @@ from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank
 from fedlpp_ray.messages import Envelope, decode, encode
 from fedlpp_ray.privacy import (
-    Losses,
+    MemberScores,
     Membership,
     PrivacyError,
     match_labels,
-    measure_membership,
+    membership_scores,
 )
 from fedlpp_ray.privacy.dp import BELOW, CLIP
+from fedlpp_ray.privacy.membership import Integers, Sides
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State, part, schema_of
 from fedlpp_ray.tasks import Encoded
@@ -108,11 +109,24 @@ class DataProbe:
     def membership(
         self, client: int, seen: Seen, *, matched: bool = True
     ) -> Mapping[str, Membership]:
-        """How well D + u tells the client's training examples from held-out ones.
+        """How well each of `member_scores` tells the client's training examples from others.
 
-        The reference is D: what the client's training alone changed. An update of zeros therefore
-        ties all reference scores. What never travels (of FFA-LoRA A, of FedSA-LoRA B) is as the
-        server has it, from the seed.
+        Raises:
+            PrivacyError: no held-out example has a label of the client's, or a model has diverged.
+            ValueError: the names of D or u are not the model's.
+        """
+        scores = self.member_scores(client, seen, matched=matched)
+        return {name: each.measure() for name, each in scores.items()}
+
+    def member_scores(
+        self, client: int, seen: Seen, *, matched: bool = True
+    ) -> Mapping[str, MemberScores]:
+        """What D + u says of the client's training examples, and of held-out ones.
+
+        `reference` is to D: what the client's training alone changed. An update of zeros therefore
+        ties all of it. `reference_base` is to W0, with all that is trained as the seed draws it:
+        what came of the client's earlier rounds counts as well. What never travels (of FFA-LoRA A,
+        of FedSA-LoRA B) is as the server has it, from the seed.
 
         Held-out examples are those of the evaluation, a prompt with its first reference, without
         those that the client has too, token for token. Other clients' examples are neither.
@@ -125,19 +139,28 @@ class DataProbe:
                 one that tells members.
 
         Returns:
-            By score, as `measure_membership`.
+            By name, as `membership_scores`.
 
         Raises:
-            PrivacyError: no held-out example has a label of the client's, or a model has diverged.
+            PrivacyError: no held-out example has a label of the client's.
             ValueError: the names of D or u are not the model's.
         """
-        members, others = self._compared(client, matched)
+        ours, theirs, labels = self._compared(client, matched)
+        numbers = self.text.partition.indices(client)
+        held_out, _ = self.text.held_out()
+        sides = self.text.client(client).take(ours), [held_out[i] for i in theirs]
         if unknown := sorted(seen.update.keys() - seen.broadcast.keys()):
             raise ValueError(f"the update has {unknown[0]}, which the broadcast has not")
         attacked = {n: seen.broadcast[n] + u for n, u in seen.update.items()}
-        before = self._losses(client, seen.broadcast, (members, others))
-        after = self._losses(client, seen.broadcast | attacked, (members, others))
-        return measure_membership(*after, *before)
+        references = {
+            "reference": self._losses(client, seen.broadcast, sides),
+            "reference_base": self._losses(client, {}, sides),
+        }
+        losses = self._losses(client, seen.broadcast | attacked, sides)
+        return {
+            name: MemberScores(members, others, numbers[ours], theirs, labels)
+            for name, (members, others) in membership_scores(losses, references).items()
+        }
 
     def load(self, client: int, state: State) -> None:
         """Make the model that of a client: a state at its rank, and the rest from the seed.
@@ -152,28 +175,30 @@ class DataProbe:
         whole = self._initial | {n: t for n, t in state.items() if n in self._initial}
         self._state.write({n: at_rank(n, tensor, rank) for n, tensor in whole.items()})
 
-    def _losses(self, client: int, state: State, parts: Sequence[Encoded]) -> list[Losses]:
+    def _losses(self, client: int, state: State, sides: tuple[Encoded, Encoded]) -> Sides:
         self.load(client, state)
         size = self.experiment.evaluation.batch_size
-        return [target_losses(self.model, x, self.text.pad, self.device, size) for x in parts]
+        first, second = (
+            target_losses(self.model, x, self.text.pad, self.device, size) for x in sides
+        )
+        return first, second
 
-    def _compared(self, client: int, matched: bool) -> tuple[Encoded, Encoded]:
-        """Members and non-members."""
+    def _compared(self, client: int, matched: bool) -> tuple[Integers, Integers, Integers]:
+        """Numbers of members and of non-members, and the labels of these."""
         ours, (found, labels) = self.text.client(client), self.text.held_out()
         known = {_content(ours, i) for i in range(len(ours))}
-        other = [i for i in range(len(found)) if _content(found, i) not in known]
-        if not matched:
-            return ours, [found[i] for i in other]
-        random = np.random.default_rng(derive(self.experiment.seed, "membership", client))
-        members, chosen = match_labels(
-            [int(x) for x in ours.labels], [int(labels[i]) for i in other], random
-        )
+        other = np.array([i for i in range(len(found)) if _content(found, i) not in known], int)
+        members, chosen = np.arange(len(ours)), np.arange(len(other))
+        own, theirs = [int(x) for x in ours.labels], np.array([int(labels[i]) for i in other], int)
+        if matched:
+            random = np.random.default_rng(derive(self.experiment.seed, "membership", client))
+            members, chosen = match_labels(own, theirs.tolist(), random)
         if not len(members):
             raise PrivacyError(
                 f"membership: no held-out example has a label (or a key) of client {client}'s; "
                 "compare it with all of them (matched=False), or hold out more (task.held_out)"
             )
-        return ours.take(members), [found[other[i]] for i in chosen]
+        return members, other[chosen], theirs[chosen]
 
 
 def _content(examples: Encoded, index: int) -> tuple[object, ...]:

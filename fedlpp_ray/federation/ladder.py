@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedlpp_ray.aggregation import find_method
@@ -16,11 +16,13 @@ from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.threat import threat_of
 from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.privacy import Scores
 from fedlpp_ray.privacy.attacks import Known
-from fedlpp_ray.privacy.view import Base, View
-from fedlpp_ray.state import schema_of
+from fedlpp_ray.privacy.sealed import Sealed
+from fedlpp_ray.privacy.view import Base, Tools, View
+from fedlpp_ray.state import State, schema_of
 from fedlpp_ray.tasks import UTILITY, Metrics
 from fedlpp_ray.training import Scored, configure_torch
 
@@ -78,6 +80,11 @@ def check_adversary(experiment: Experiment) -> None:
             f"adversary.base 'public' with emulator.kind '{experiment.emulator.kind}': clients "
             "have an emulator because W0 is not public; allowed: proprietary"
         )
+    if adversary.base == "public" and adversary.architecture == "unknown":
+        raise ConfigError(
+            "adversary.base 'public' with adversary.architecture 'unknown': tensors of W0 are of "
+            "no use to who cannot tell them in the client; allowed: proprietary"
+        )
 
 
 class Ladder:
@@ -125,6 +132,12 @@ class Ladder:
         wire = Wire(experiment, schema_of(self._bench.initial))
         reader = Reader(experiment, wire, self._bench.initial)
         received = tuple(reader.read(broadcasts, readable))
+        tools: Tools = self._bench
+        self._open: Callable[[State], State] = dict
+        if "architecture" not in tools.means:
+            sealed = Sealed(self._bench, self._bench.initial)
+            received, tools = tuple(map(sealed.seal, received)), sealed
+            self._open = sealed.open
         if not received:
             raise UserError(
                 f"adversary.rounds '{experiment.adversary.rounds}': client "
@@ -132,21 +145,24 @@ class Ladder:
                 f"{len(broadcasts)} that were sent; more adversary.colluders or "
                 "adversary.rounds 'all' have some"
             )
-        self.view = View(received, experiment.lora.rank, self._bench, readable)
+        self.view = View(received, experiment.lora.rank, tools, readable)
 
     def run(self, attacks: Mapping[str, Known], broadcasts: int | None = None) -> Iterator[Outcome]:
         """Each attack in each base that the adversary has, and what it came to.
 
         Args:
-            attacks: By name.
+            attacks: By name; all of them feasible with the adversary's means.
             broadcasts: Only the first so many, at least one. None: all.
+
+        Raises:
+            ViewError: one is not.
         """
         received = self.view.received[:broadcasts]
         round = received[-1].made - 1
         for base in self.bases:
             view = replace(self.view, received=received, base=base)
             for name, known in attacks.items():
-                metrics, scores = self._bench.score(known.attack(view), base)
+                metrics, scores = self._bench.score(self._open(known.attack(view)), base)
                 yield Outcome(name, base, known.level, len(received), round, metrics, scores)
 
     def curve(self, attacks: Mapping[str, Known], every: int) -> Iterator[Outcome]:
@@ -163,17 +179,33 @@ class Ladder:
             yield strongest(self.run(cheap, bisect_right(made, last)))
 
     def floor(self) -> dict[str, float]:
-        """Utility of what the adversary has without the broadcasts: its examples, in each base."""
+        """Utility of what the adversary has without the broadcasts: its examples, in each base.
+
+        Who does not know the architecture has what the run's own floor names, and no more.
+        """
         return {name: float(metrics[UTILITY]) for name, (metrics, _) in self.scored_floor().items()}
 
     def scored_floor(self) -> dict[str, Scored]:
         """As `floor`, with each held-out example."""
+        if "architecture" not in self.view.tools.means:
+            return {}
         return {
             f"tuned alone{ON[base]}": self._bench.score(
                 self._bench.tune(self._bench.initial, base), base
             )
             for base in self.bases
         }
+
+    @property
+    def threat(self) -> str:
+        """The threat model in words."""
+        return threat_of(
+            self._experiment,
+            clients=sorted(self.view.tools.clients),
+            bases=self.bases,
+            texts=self._bench.auxiliary,
+            broadcasts=len(self.view.received),
+        )
 
     def compared(self, adapter: Mapping[str, bytes]) -> tuple[Scored, dict[str, Scored]]:
         """The server's final model, and the run's own floor, measured again for their examples.

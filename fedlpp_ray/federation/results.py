@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedlpp_ray import __version__
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import EVALUATED, Final, Floor, RoundRecord
+from fedlpp_ray.federation.threat import threat_of_run
 from fedlpp_ray.privacy import Protection, measure_protection
 from fedlpp_ray.tasks import UTILITY
 
@@ -105,6 +106,7 @@ def result(
         "final": final.to_dict() if final else None,
         "floor": asdict(floor),
         "protection": asdict(run_protection(history, floor, final, ladder)),
+        "threat": threat_of_run(experiment),
         "seconds": _seconds(history, ladder),
         "versions": {"fedlpp_ray": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
@@ -113,7 +115,7 @@ def result(
     report = None
     if ladder:
         report = attack_report(experiment, outcome, ladder.outcomes, ladder.floor)
-        report["threat"] = ladder.threat
+        report |= {"threat": ladder.threat, "left_out": dict(ladder.left_out)}
     return outcome | {"ladder": report}
 
 

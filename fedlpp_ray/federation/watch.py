@@ -8,11 +8,12 @@ from typing import Never
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
+from fedlpp_ray.federation.means import means_of
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.sampling import colluders
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.privacy.attacks import find_attacks
-from fedlpp_ray.privacy.view import Base, View, ViewError
+from fedlpp_ray.privacy.view import Base, Means, View, ViewError
 from fedlpp_ray.state import State
 
 
@@ -28,9 +29,11 @@ class Bare:
 
     Attributes:
         clients: They.
+        means: Whether they know the architecture.
     """
 
     clients: frozenset[int]
+    means: frozenset[Means]
     bases: tuple[Base, ...] = ("client",)
 
     def loss(self, *_: object) -> Never:
@@ -41,7 +44,7 @@ class Bare:
         """
         raise ViewError("an attack that is measured during a run has no examples and no model")
 
-    take_part = tune = loss
+    take_part = tune = distil = loss
 
 
 class Watch:
@@ -58,6 +61,7 @@ class Watch:
     def __init__(self, experiment: Experiment, examples: Sequence[int]) -> None:
         self._experiment, self._config = experiment, experiment.adversary
         self._clients = frozenset(colluders(experiment, examples))
+        self._means = means_of(experiment)
         self._editions = {edition(experiment, client) for client in self._clients}
         attackable = is_attackable(experiment)
         self._attacks = find_attacks(list(self._config.watch if attackable else ()))
@@ -96,6 +100,8 @@ class Watch:
             return
         readable = {client: frozenset(newest) for client in self._clients}
         received = tuple(reader.read(newest, readable))
-        view = View(received, self._experiment.lora.rank, Bare(self._clients), readable)
+        view = View(
+            received, self._experiment.lora.rank, Bare(self._clients, self._means), readable
+        )
         for name, known in self._attacks.items():
             yield name, known.attack(view)

@@ -14,13 +14,15 @@ from fedlpp_ray.privacy.inversion import (
 )
 from fedlpp_ray.privacy.membership import (
     Losses,
+    MemberScores,
     Membership,
     PrivacyError,
     loss_scores,
     match_labels,
-    measure_membership,
     measure_scores,
+    membership_scores,
     min_k_scores,
+    pool_scores,
     reference_scores,
 )
 from fedlpp_ray.privacy.protection import Protection, measure_protection
@@ -37,6 +39,7 @@ __all__ = [
     "Interval",
     "Inversion",
     "Losses",
+    "MemberScores",
     "Membership",
     "PrivacyError",
     "Protection",
@@ -49,10 +52,11 @@ __all__ = [
     "match_labels",
     "mean_over_seeds",
     "measure_inversion",
-    "measure_membership",
     "measure_protection",
     "measure_scores",
+    "membership_scores",
     "min_k_scores",
+    "pool_scores",
     "reference_scores",
     "row_space",
     "span_distances",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from fedlpp_ray.state import State
+from fedlpp_ray.state import State, layers_of
 
 Base = Literal["client", "public", "corrected"]
 """The frozen model that a state is put into: a client's, W0 in full precision, or W0 with the
 server's correction towards a client's (`server.base_correction`)."""
+
+
+Means = Literal["architecture", "auxiliary"]
+"""What not every adversary has: to know what the tensors of a broadcast are (`Sealed` has those of
+one who does not), and text of its own."""
 
 
 class ViewError(ValueError):
@@ -48,6 +53,10 @@ class Tools(Protocol):
     def bases(self) -> tuple[Base, ...]:
         """The models that they have."""
 
+    @property
+    def means(self) -> frozenset[Means]:
+        """What else they have."""
+
     def loss(self, state: State, base: Base) -> float:
         """Mean loss on their validation examples, nats."""
 
@@ -55,7 +64,23 @@ class Tools(Protocol):
         """What the local training of a round makes of a state, on one of their clients."""
 
     def tune(self, state: State, base: Base) -> State:
-        """The state of the lowest validation loss while their other examples are trained on."""
+        """The state of the lowest validation loss while their other examples are trained on.
+
+        Raises:
+            ViewError: they do not know the architecture.
+        """
+
+    def distil(self, state: State, teachers: Sequence[tuple[float, State]], base: Base) -> State:
+        """The state of the lowest validation loss while it learns what teachers say of their text.
+
+        Args:
+            state: To start from.
+            teachers: Each with its weight in the mean of their probabilities; the newest is last.
+            base: The model that all of them are put into.
+
+        Raises:
+            ViewError: they do not know the architecture, or have no auxiliary text.
+        """
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,16 @@ class View:
     def last(self) -> Received:
         """The newest broadcast."""
         return self.received[-1]
+
+    def layers(self) -> list[str]:
+        """The adapted layers, each of which is a product of factors.
+
+        Raises:
+            ViewError: the adversary does not know the architecture.
+        """
+        if "architecture" not in self.tools.means:
+            raise ViewError("the adversary does not know which tensors are factors of what")
+        return layers_of(sorted(self.last.state))
 
     def loss(self, state: State) -> float:
         """Of a state in this base, on the colluders' validation examples, nats."""

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
+from fedlpp_ray.runtime.bundles import Variants
 from fedlpp_ray.runtime.placement import PlacementError
-from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.runtime.watch import what_is_missing
 from fedlpp_ray.tracking.metrics import (
+    FINAL_UTILITY,
     PROTECTION,
     ROUND,
     SERVER_UTILITY,
@@ -48,15 +49,15 @@ class MlflowCallback(Callback):
     Args:
         uri: Tracking URI.
         sweep: Name of the sweep, its MLflow experiment.
-        base: The experiment that trials vary.
+        variants: The experiments of trials.
         keys: The searched keys, which name the runs.
         artifacts: Folder for artifacts where the store is SQLite.
     """
 
     def __init__(
-        self, uri: str, sweep: str, base: Experiment, keys: list[str], artifacts: Path
+        self, uri: str, sweep: str, variants: Variants, keys: list[str], artifacts: Path
     ) -> None:
-        self._uri, self._sweep, self._base = uri, sweep, base
+        self._uri, self._sweep, self._variants = uri, sweep, variants
         self._keys, self._artifacts = keys, artifacts
         self._tracker: Any = None
         self._runs: dict[str, str] = {}
@@ -96,7 +97,7 @@ class MlflowCallback(Callback):
         if trial.trial_id not in self._runs:
             from fedlpp_ray.tracking.mlflow_runs import SWEEP_TAG, TRIAL_TAG
 
-            experiment = self._base.with_values(values_of(trial.config))
+            experiment = self._variants.experiment(trial.config)
             config = experiment.model_dump(mode="json")
             tags = {SWEEP_TAG: self._sweep, TRIAL_TAG: trial.trial_id}
             name = named_values(trial.config, self._keys)
@@ -182,8 +183,9 @@ class ProgressCallback(Callback):
         """Show a finished trial."""
         metrics = reported(trial.last_result or {})
         shown = []
-        if SERVER_UTILITY in metrics:
-            shown.append(f"server {metrics[SERVER_UTILITY]:.3f}")
+        server = metrics.get(FINAL_UTILITY, metrics.get(SERVER_UTILITY))
+        if server is not None:
+            shown.append(f"server {server:.3f}")
         if PROTECTION in metrics:
             value = metrics[PROTECTION]
             shown.append(f"protection {'undefined' if math.isnan(value) else f'{value:+.3f}'}")

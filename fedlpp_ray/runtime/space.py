@@ -2,17 +2,21 @@
 
 base = "../configs/trec_minilm.yaml"  # relative to the file
 param_space = {"lora.rank": tune.grid_search([4, 16]), ...}  # dotted keys
-objectives = {"server/accuracy": "max", ...}  # metric: "max" or "min"
-tune_config = tune.TuneConfig(num_samples=4)  # optional: samples, searcher, scheduler
+bundles = {"defence": {"none": {}, "rotate": {"downlink.rotate": "round"}}}  # optional: names that
+# stand for several keys or for other keys each; param_space has "defence", with values "none", ...
+objectives = {"final/accuracy": "max", ...}  # metric: "max" or "min"
+tune_config = tune.TuneConfig(num_samples=4)  # optional: samples, searcher, scheduler; or a
+# function of the base experiment that returns it, where it needs the seed or the number of rounds
 """
 
 from __future__ import annotations
 
 import hashlib
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +26,8 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
+from fedlpp_ray.runtime.bundles import TRIAL, Variants, read_bundles, unbundled, without
 from fedlpp_ray.tracking.metrics import metric_names
-
-TRIAL = "trial"
-"""Key of a resolved trial's number, beside its dotted keys, in Tune's configuration of it."""
 
 Direction = Literal["max", "min"]
 
@@ -37,23 +39,30 @@ class SearchSpace:
     Attributes:
         name: The file's name and a digest of everything that defines the sweep, so that the same
             sweep is found again in its storage folder and another one is not mixed with it.
-        base: The experiment that trials vary.
-        param_space: Dotted keys to Tune samplers, grids or constants.
+        variants: The experiment that trials vary, and what names of bundles stand for.
+        param_space: Dotted keys and bundles to Tune samplers, grids or constants.
         objectives: Direction of each metric that counts.
         tune_config: Number of samples, searcher, scheduler.
         trials: Each trial's dotted keys, or None where a searcher chooses as it goes.
+        drawn: Experiments of all trials; with a searcher, of as many that are drawn at random.
     """
 
     name: str
-    base: Experiment
+    variants: Variants
     param_space: dict[str, Any]
     objectives: dict[str, Direction]
     tune_config: tune.TuneConfig
     trials: list[dict[str, Any]] | None
+    drawn: list[Experiment]
+
+    @property
+    def base(self) -> Experiment:
+        """The experiment that trials vary."""
+        return self.variants.base
 
     @property
     def keys(self) -> list[str]:
-        """The dotted keys that vary: those that are not constants."""
+        """The dotted keys and bundles that vary: those that are not constants."""
         return [key for key, value in self.param_space.items() if not _is_constant(value)]
 
     @property
@@ -70,17 +79,6 @@ class SearchSpace:
         """Number of trials."""
         return self.tune_config.num_samples if self.trials is None else len(self.trials)
 
-    def experiments(self) -> list[Experiment]:
-        """The experiments of the trials as far as they are known: all, or the base alone."""
-        if self.trials is None:
-            return [self.base]
-        return [self.base.with_values(trial, self.name) for trial in self.trials]
-
-
-def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The dotted keys of one of Tune's trial configurations."""
-    return {key: value for key, value in config.items() if key != TRIAL}
-
 
 def load_space(
     path: str | Path, overrides: Iterable[str] = (), max_trials: int | None = None
@@ -89,7 +87,8 @@ def load_space(
 
     Args:
         path: The Python file.
-        overrides: `key=value` on the base. A key that the space searches is fixed instead.
+        overrides: `key=value` on the base. A key or bundle that the space searches is fixed
+            instead, and a bundle no longer sets such a key.
         max_trials: Run only the first so many.
 
     Raises:
@@ -102,33 +101,43 @@ def load_space(
         raise ConfigError(f"{path}: no such file")
     if max_trials is not None and max_trials < 1:
         raise ConfigError(f"--max-trials {max_trials}: must be at least 1")
-    module = _run(path)
+    module = _try(lambda: runpy.run_path(str(path)), path)
     base_path = path.parent / _get(module, "base", str, path)
-    fixed = parse_overrides(overrides)
-    base = load_experiment(base_path).with_values(fixed, "command line")
     searched = _get(module, "param_space", dict, path)
-    searched = {key: value for key, value in searched.items() if key not in fixed}
+    bundles = read_bundles(module.get("bundles", {}), searched, path)
+    given = parse_overrides(overrides)
+    fixed = unbundled(given, bundles)
+    base = load_experiment(base_path).with_values(fixed, "command line")
+    variants = Variants(base, without(bundles, {*given, *fixed}))
+    gone = {*given, *fixed, *(set(bundles) - set(variants.bundles))}
+    searched = {key: value for key, value in searched.items() if key not in gone}
     tune_config = module.get("tune_config", tune.TuneConfig())
+    if callable(tune_config):
+        tune_config = _try(partial(tune_config, base), path)
     if not isinstance(tune_config, tune.TuneConfig):
         raise ConfigError(f"{path}: tune_config must be a ray.tune.TuneConfig")
     _check_values(searched, tune_config, path)
     if all(map(_is_constant, searched.values())):
         raise ConfigError(f"{path}: param_space varies nothing; use tune.grid_search or a sampler")
     trials: list[dict[str, Any]] | None = _resolve(searched, tune_config, base.seed)[:max_trials]
-    experiments = [base.with_values(trial, str(path)) for trial in trials or []] or [base]
+    experiments = [variants.experiment(trial, str(path)) for trial in trials or []] or [base]
     objectives = _objectives(_get(module, "objectives", dict, path), experiments, path)
+    _check_metrics(tune_config, experiments, path)
     if tune_config.search_alg is not None:
         samples = min(max_trials or tune_config.num_samples, tune_config.num_samples)
         trials, tune_config = None, replace(tune_config, num_samples=samples)
     parts = [path.read_text(), base.model_dump_json(), *overrides, str(max_trials)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-    return SearchSpace(f"{path.stem}-{digest}", base, searched, objectives, tune_config, trials)
+    name = f"{path.stem}-{digest}"
+    return SearchSpace(name, variants, searched, objectives, tune_config, trials, experiments)
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _try(action: Callable[[], Any], path: Path) -> Any:
     try:
-        return runpy.run_path(str(path))
+        return action()
     except Exception as error:
+        if "optuna" in str(error).lower() and find_spec("optuna") is None:
+            raise ConfigError(f"{path} needs: pip install 'fedlpp_ray[search]'") from error
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
@@ -141,17 +150,37 @@ def _get(module: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 def _objectives(
     objectives: dict[str, Any], experiments: Sequence[Experiment], path: Path
 ) -> dict[str, Direction]:
-    known = list(dict.fromkeys(name for e in experiments for name in metric_names(e)))
     if not objectives:
-        raise ConfigError(f"{path}: objectives: name at least one; allowed: {', '.join(known)}")
+        allowed = ", ".join(_reported(experiments))
+        raise ConfigError(f"{path}: objectives: name at least one; allowed: {allowed}")
     for metric, direction in objectives.items():
-        if metric not in known:
-            raise ConfigError(
-                f"{path}: objectives: no trial reports '{metric}'; allowed: {', '.join(known)}"
-            )
+        _check_reported(metric, experiments, f"{path}: objectives")
         if direction not in ("max", "min"):
             raise ConfigError(f"{path}: objectives: {metric}: allowed: 'max', 'min'")
     return objectives
+
+
+def _check_metrics(
+    tune_config: tune.TuneConfig, experiments: Sequence[Experiment], path: Path
+) -> None:
+    """Refuse a searcher or a scheduler that waits for what no trial reports, which is no error."""
+    for name, user in (
+        ("", tune_config),
+        (".search_alg", tune_config.search_alg),
+        (".scheduler", tune_config.scheduler),
+    ):
+        metrics = getattr(user, "metric", None) or []
+        for metric in [metrics] if isinstance(metrics, str) else metrics:
+            _check_reported(metric, experiments, f"{path}: tune_config{name}")
+
+
+def _check_reported(metric: str, experiments: Sequence[Experiment], where: str) -> None:
+    if metric not in (known := _reported(experiments)):
+        raise ConfigError(f"{where}: no trial reports '{metric}'; allowed: {', '.join(known)}")
+
+
+def _reported(experiments: Sequence[Experiment]) -> list[str]:
+    return list(dict.fromkeys(name for e in experiments for name in metric_names(e)))
 
 
 def _check_values(searched: dict[str, Any], tune_config: tune.TuneConfig, path: Path) -> None:

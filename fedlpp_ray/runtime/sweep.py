@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,18 +11,25 @@ from typing import Any, Literal
 
 from ray import tune
 from ray.tune import Callback
+from ray.tune.search import Searcher
 
 from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.runtime.bundles import values_of
 from fedlpp_ray.runtime.callbacks import PlacementCallback
 from fedlpp_ray.runtime.placement import bundles, check_fits, in_words
+from fedlpp_ray.runtime.searcher import OfFinished
 from fedlpp_ray.runtime.shared_folder import check_shared
-from fedlpp_ray.runtime.space import SearchSpace, values_of
+from fedlpp_ray.runtime.space import SearchSpace
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
 
 KEPT_CHECKPOINTS = 2
 RESTARTS = 2
 """How often a trial that lost a process goes on from its last checkpoint before it has failed."""
+_LENIENT = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
+"""Or Tune ends a sweep at a report without the metric of a searcher or a scheduler: protection is
+measured in the last round alone, accuracy in every `evaluation.every`-th. `load_space` has refused
+a metric that no trial reports."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class TrialOutcome:
 
     Attributes:
         trial: Its id.
-        config: Its dotted keys.
+        config: Its dotted keys and choices of bundles.
         metrics: What it reported last; `protection` is among them if its run is finished.
         error: Why it failed, or None.
     """
@@ -66,10 +74,11 @@ def run_sweep(
         StorageError: the nodes do not share `storage`; nothing has been started.
     """
     check_shared(storage)
-    for experiment in space.experiments():
+    os.environ[_LENIENT] = "1"
+    for experiment in space.drawn:
         check_fits(bundles(experiment), experiment.server.num_workers)
     trainable = tune.with_resources(
-        partial(run_trial, base=space.base),
+        partial(run_trial, variants=space.variants),
         lambda config: trial_resources(_experiment(space, config)),
     )
     folder, mark, query = storage.partition("?")  # s3://bucket/folder?endpoint_override=...
@@ -104,16 +113,18 @@ def _experiment(space: SearchSpace, config: dict[str, Any]) -> Experiment:
     Such a trial is started all the same, to fail on its own with the reason.
     """
     try:
-        return space.base.with_values(values_of(config))
+        return space.variants.experiment(config)
     except ConfigError:
         return space.base
 
 
 def _tune_config(space: SearchSpace) -> tune.TuneConfig:
     samples = space.tune_config.num_samples if space.trials is None else 1
+    searcher = space.tune_config.search_alg if space.trials is None else None
     return replace(
         space.tune_config,
         num_samples=samples,
+        search_alg=OfFinished(searcher) if isinstance(searcher, Searcher) else searcher,
         reuse_actors=True,
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,

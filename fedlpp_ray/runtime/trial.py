@@ -19,9 +19,9 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.results import result, to_json
+from fedlpp_ray.runtime.bundles import Variants
 from fedlpp_ray.runtime.jobs import LostError
 from fedlpp_ray.runtime.placement import STRATEGY, PlacementError, bundles
-from fedlpp_ray.runtime.space import values_of
 from fedlpp_ray.runtime.warm import warm_backend
 from fedlpp_ray.storage import DamagedError
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
@@ -39,14 +39,14 @@ def trial_resources(experiment: Experiment) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{}, *bundles(experiment)], strategy=STRATEGY)
 
 
-def run_trial(config: dict[str, Any], base: Experiment) -> None:
-    """Run `base` with the trial's dotted keys; report each round, the last one with protection.
+def run_trial(config: dict[str, Any], variants: Variants) -> None:
+    """Run the experiment of a trial's choices; report each round, the last one with protection.
 
     Each report carries a checkpoint, so that a restarted trial goes on after its last round. One
     report a round, because a scheduler may stop a trial at any: also at the last.
     """
     with _refused_once():
-        _run(base.with_values(values_of(config), "trial"))
+        _run(variants.experiment(config))
 
 
 def _run(experiment: Experiment) -> None:

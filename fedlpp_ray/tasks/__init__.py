@@ -1,5 +1,6 @@
 """A task: text, labels, what is held out, how clients share it, and its metrics."""
 
+from fedlpp_ray.tasks.auxiliary import load_auxiliary
 from fedlpp_ray.tasks.batches import (
     IGNORED,
     Batch,
@@ -46,6 +47,7 @@ __all__ = [
     "encode",
     "epoch_order",
     "evaluation_batches",
+    "load_auxiliary",
     "load_corpus",
     "load_task",
     "partition",

@@ -80,14 +80,22 @@ _GLUE = {
 split has no labels, were read in its pages only."""
 
 
+def text_columns(config: TaskConfig) -> dict[str, str | None]:
+    """By key of `task`, the columns of the text and of its pair; None: there is no second text."""
+    text, pair = _GLUE.get(config.name, ("text", None))
+    return {
+        "text_column": config.text_column or text,
+        "pair_column": config.pair_column or pair,
+    }
+
+
 @register(*_GLUE)
 def _glue(config: TaskConfig) -> Task:
     """A task of GLUE, from the hub or from data with the same columns."""
-    text, pair = _GLUE[config.name]
     if config.data is None:
         hub = {"data": "nyu-mll/glue", "subset": config.name, "held_out_split": "validation"}
         config = filled(config, **hub)
-    task = _classification(filled(config, text_column=text, pair_column=pair))
+    task = _classification(filled(config, **text_columns(config)))
     if "-1" in task.labels:
         raise TaskError(f"'{config.data}' is not labelled in all examples: a label is -1")
     return task
@@ -96,7 +104,7 @@ def _glue(config: TaskConfig) -> Task:
 @register("classification")
 def _classification(config: TaskConfig) -> Task:
     """A file or folder of one's own, or a data set on the hub, through `datasets`."""
-    config = filled(config, text_column="text", label_column="label")
+    config = filled(config, **text_columns(config), label_column="label")
     data = read(config, config.train_split)
     train, keys = _labelled(data, config, config.train_split), read_keys(data, config)
     if config.held_out_split is None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.config.adversary import ALL, Watched
 from fedlpp_ray.federation.records import EVALUATED, FAULTS, RoundRecord
-from fedlpp_ray.federation.results import leak_of, utility_of
+from fedlpp_ray.federation.results import last_server, leak_of, utility_of
 from fedlpp_ray.federation.watch import is_attackable
 from fedlpp_ray.messages import total_bytes
 from fedlpp_ray.privacy.attacks import ATTACKS
@@ -33,7 +33,9 @@ LEAK_SHARE = "leak_share"
 ATTACK = "attack"
 """Prefix of what the ladder came to at the end of a run, and of the strongest of it."""
 FINAL = "final"
-"""Prefix of the metrics of the server's final model."""
+"""Prefix of the metrics of the model that the server ends with: its final one, or the last
+round's. Its utility is that of protection."""
+FINAL_UTILITY = f"{FINAL}/{UTILITY}"
 _FLOORS = ("floor_base", "floor_local_only")
 _OF_ANY_TASK = (
     *(f"seconds/{phase}" for phase in _SECONDS),
@@ -53,14 +55,10 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
     measures = MEASURES[experiment.task.kind]
     if experiment.generation.examples == 0:
         measures = tuple(m for m in measures if m not in TEXT_MEASURES)
-    names = _names((*models, *_finals(experiment), *_FLOORS), measures)
+    finals = (FINAL,) if "server" in models else ()
+    names = _names((*models, *finals, *_FLOORS), measures)
     ladder = _ladder_names(experiment)
     return (*names, *_dp_names(experiment), *_leak_names(experiment), *ladder)
-
-
-def _finals(experiment: Experiment) -> tuple[str, ...]:
-    made = experiment.method == "federated" and experiment.server.makes_final
-    return (FINAL,) if made and experiment.evaluation.server else ()
 
 
 def _dp_names(experiment: Experiment) -> tuple[str, ...]:
@@ -128,15 +126,14 @@ def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
 def final_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     """What only a finished run has, from its result (`fedlpp_ray.federation.results`).
 
-    The server's final model, if there is one, the floor, the strongest utility of a client (NaN
-    without clients), protection, the time of all rounds, its share for what leaks, and the ladder's
-    attacks, each in that of the adversary's bases in which it came to most.
+    The model that the server ends with, if it has one, the floor, the strongest utility of a client
+    (NaN without clients), protection, the time of all rounds, its share for what leaks, and the
+    ladder's attacks, each in that of the adversary's bases in which it came to most.
     """
     protection = outcome[PROTECTION]
     strongest = protection["strongest"]
-    final = outcome.get(FINAL) or {}
     return {
-        **_prefixed(FINAL, final.get("server") or {}),
+        **_prefixed(FINAL, last_server(outcome) or {}),
         **_prefixed("floor_base", outcome["floor"]["base"]),
         **_prefixed("floor_local_only", outcome["floor"]["local_only"]),
         "floor": protection["floor"][1],
@@ -176,6 +173,30 @@ def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     found[last] |= {"attacks/strongest": total["strongest"][1], f"attacks/{PROTECTION}": value}
     for point in report.get("leak_curve", ()):
         found.setdefault(point["round"], {})["attacks/leak_curve"] = point[UTILITY]
+    return dict(sorted(found.items()))
+
+
+def probe_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """By round: what updates gave away (the report of `fedlpp_ray.probe`), and at the last all.
+
+    Of membership over the clients of a round together, and over all updates (`.../all/...`); of
+    inversion the mean over a round's updates.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for each in report["pooled"]:
+        whole = each["round"] is None
+        step = report["updates"][-1]["round"] if whole else each["round"]
+        name = f"probe/membership{'/all' if whole else ''}/{each['score']}"
+        found.setdefault(step, {})[f"{name}/auc"] = each["auc"]
+        if each["tpr"] is not None:
+            found[step][f"{name}/tpr"] = each["tpr"]
+    for round in dict.fromkeys(each["round"] for each in report["updates"]):
+        parts = [x["inversion"] for x in report["updates"] if x["round"] == round]
+        for factor in dict.fromkeys(key for part in parts for key in part):
+            for key in ("auc", "informed", "recall"):
+                values = [part[factor][key] for part in parts if factor in part]
+                name = f"probe/inversion/{factor}/{key}"
+                found.setdefault(round, {})[name] = sum(values) / len(values)
     return dict(sorted(found.items()))
 
 

@@ -50,7 +50,10 @@ def round_line(record: RoundRecord, total: int) -> str:
 
 
 def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
-    """A finished run in words: the floor, the strongest client, and protection."""
+    """A finished run in words: the floor, the strongest client, protection, and against whom.
+
+    Results of earlier versions do not say the last.
+    """
     floor, protection = outcome["floor"], outcome["protection"]
     strongest, value, server = (protection[key] for key in ("strongest", "value", "server"))
     found = []
@@ -66,6 +69,7 @@ def protection_lines(outcome: Mapping[str, Any]) -> list[str]:
         "  ".join(found),
         "protection  "
         + (f"{value:+.3f}" if value is not None else f"undefined: {protection['reason']}"),
+        *(f"threat    {words}" for words in [outcome.get("threat")] if words),
     ]
 
 

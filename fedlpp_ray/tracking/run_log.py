@@ -17,11 +17,18 @@ from fedlpp_ray.federation.checkpoint import ADAPTER, FINAL
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.storage import RunFolder
 from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
-from fedlpp_ray.tracking.metrics import attack_metrics, final_metrics, round_metrics
+from fedlpp_ray.tracking.metrics import (
+    attack_metrics,
+    final_metrics,
+    probe_metrics,
+    round_metrics,
+)
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 EXPERIMENT_NAME, RUN_TAG = "train", "fedlpp.run"
 ARTIFACTS = "mlartifacts"
+ATTACKS = "attacks"
+"""Prefix of the tags that say who attacked."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +82,27 @@ class RunLog:
 
     def attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Log what attacks on the finished run came to, and the files that say more."""
-        self._try(lambda: self._attacked(report, files))
+        # The parameters are those of the run, which may be attacked under another threat model.
+        values = {f"{ATTACKS}.adversary.{key}": str(x) for key, x in report["adversary"].items()}
+        tags = {f"{ATTACKS}.threat": str(report["threat"])} | values
+        self._try(lambda: self._afterwards(attack_metrics(report), files, tags))
 
-    def _attacked(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def probed(self, report: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Log what the finished run's updates gave away, and the files that say more."""
+        self._try(lambda: self._afterwards(probe_metrics(report), files, {}))
+
+    def _afterwards(
+        self,
+        by_round: Mapping[int, Mapping[str, float]],
+        files: Sequence[Path],
+        tags: Mapping[str, str],
+    ) -> None:
         run_id = self._run()
-        for step, metrics in attack_metrics(report).items():
+        for step, metrics in by_round.items():
             self._tracker.log(run_id, metrics, step)
         for path in files:
             self._tracker.client.log_artifact(run_id, str(path))
-        self._tracker.close(run_id, "FINISHED")
+        self._tracker.close(run_id, "FINISHED", tags=tags)
 
     def _open(self) -> None:
         self._run_id = self._tracker.open(self._folder.path.name, self._config, self._tags)
@@ -107,7 +126,8 @@ class RunLog:
             self._tracker.client.log_artifact(self._run(), str(curve))
         if checkpoint := self._folder.latest():
             self._log_files(checkpoint)
-        self._tracker.close(self._run(), "FINISHED")
+        tags = {"threat": str(outcome["threat"])} if "threat" in outcome else {}
+        self._tracker.close(self._run(), "FINISHED", tags=tags)
 
     def _log_files(self, checkpoint: Path) -> None:
         """The adapter that the server ends with, and what repeats the run.

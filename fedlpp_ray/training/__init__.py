@@ -20,6 +20,7 @@ from fedlpp_ray.training.evaluation import (
 )
 from fedlpp_ray.training.first_inputs import FirstInputs, first_inputs
 from fedlpp_ray.training.group import ALONE, Group, dismiss, follow, together
+from fedlpp_ray.training.imitate import Imitation, opinions
 from fedlpp_ray.training.local import Training
 from fedlpp_ray.training.loss import predictions, smoothed_loss
 from fedlpp_ray.training.losses import target_losses
@@ -44,6 +45,7 @@ __all__ = [
     "FedProx",
     "FirstInputs",
     "Group",
+    "Imitation",
     "Scaffold",
     "Schedule",
     "Scored",
@@ -64,6 +66,7 @@ __all__ = [
     "generation_scorer",
     "mean_loss",
     "next_server_variate",
+    "opinions",
     "predictions",
     "process_peak",
     "schedule_factor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,7 +81,7 @@ def test_members_that_were_learnt_by_heart_are_told_from_others(
 ) -> None:
     probe = DataProbe(classification)
     found = probe.membership(0, seen(classification, probe))
-    assert set(found) == {"loss", "reference"}
+    assert set(found) == {"loss", "reference", "reference_base"}
     for score in found.values():
         assert score.auc > 0.9
         assert score.tpr is not None
@@ -117,12 +118,24 @@ def test_an_update_of_zeros_tells_nothing(classification: Experiment) -> None:
     assert probe.membership(0, Seen(once.broadcast, zeros(once.update))) == found
 
 
+def test_the_base_as_reference_counts_what_earlier_rounds_learnt(
+    classification: Experiment,
+) -> None:
+    """D + u of nothing new, D that of a client's training: to D nothing is told, to W0 all is."""
+    probe = DataProbe(classification)
+    once = seen(classification, probe)
+    learnt = {n: once.broadcast[n] + u for n, u in once.update.items()}
+    found = probe.membership(0, Seen(once.broadcast | learnt, zeros(once.update)))
+    assert found["reference"].auc == 0.5
+    assert found["reference_base"].auc > 0.9
+
+
 def test_generated_texts_have_all_three_scores(generation: Experiment) -> None:
     experiment = generation.with_values({"federation.local_steps": 60})
     probe = DataProbe(experiment)
     once = seen(experiment, probe)
     found = probe.membership(0, once)
-    assert set(found) == {"loss", "reference", "min_k"}
+    assert set(found) == {"loss", "reference", "reference_base", "min_k"}
     assert found["loss"].tpr is None  # too few are held out
     assert found["loss"].reason is not None
     none = probe.membership(0, Seen(once.broadcast, zeros(once.update)))
@@ -144,12 +157,13 @@ def test_labels_of_members_and_others_are_alike(classification: Experiment) -> N
     values = {"federation.partition": "dirichlet", "federation.dirichlet_alpha": 0.3}
     probe = DataProbe(classification.with_values(values))
     for client in range(4):
-        members, others = probe._compared(client, matched=True)
-        ours, theirs = ([label for _, label in part] for part in (members, others))
+        members, others, theirs = probe._compared(client, matched=True)
+        ours = np.array([label for _, label in probe.text.client(client)])[members]
+        assert theirs.tolist() == [probe.text.held_out()[1][i] for i in others]
         assert len(theirs) % len(ours) == 0
         each = len(theirs) // len(ours)
-        assert all(theirs.count(label) == each * ours.count(label) for label in range(3))
-        everyone, all_others = probe._compared(client, matched=False)
+        assert all((theirs == x).sum() == each * (ours == x).sum() for x in range(3))
+        everyone, all_others, _ = probe._compared(client, matched=False)
         assert len(everyone) == probe.text.examples[client]
         assert len(all_others) == 400
 
@@ -160,9 +174,10 @@ def test_what_a_client_has_too_is_no_non_member(classification: Experiment, tmp_
     values = {"task.data": str(tmp_path / "twice.csv"), "task.held_out": 40}
     probe = DataProbe(classification.with_values(values | {"federation.clients": 1}))
     found = {(tuple(ids.tolist()), label) for ids, label in probe.text.client(0)}
-    members, others = probe._compared(0, matched=False)
+    members, others, _ = probe._compared(0, matched=False)
+    held_out = [probe.text.held_out()[0][i] for i in others]
     assert 0 < len(others) < 40
-    assert not found & {(tuple(ids.tolist()), label) for ids, label in others}
+    assert not found & {(tuple(ids.tolist()), label) for ids, label in held_out}
     assert len(members) == 40
 
 

@@ -142,6 +142,8 @@ def test_protection_is_of_the_final_model_in_the_run_and_under_attack(folder: Pa
     report = json.loads((folder / "run" / "attacks.json").read_text())
     assert report["protection"]["server"] == final["utility"]
     shown = "\n".join(protection_lines(outcome))
+    assert f"threat    {outcome['threat']}" in shown
+    assert outcome["threat"].startswith("adversary the strongest client, passive; architecture kn")
     words = f"server {final['utility']:.3f} (final model, never broadcast; after the last round"
     assert f"{words} {last['utility']:.3f})" in shown
 

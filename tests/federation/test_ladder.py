@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, RoundRecord
+from fedlpp_ray.federation.combinations import check_combinations
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.ladder import Ladder, Outcome, check_adversary, strongest
 from fedlpp_ray.federation.wire import Broadcast
-from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
+from fedlpp_ray.privacy.attacks import ATTACKS, feasible, find_attacks
+from fedlpp_ray.privacy.view import ViewError
+from fedlpp_ray.state import State
+from fedlpp_ray.tasks import IGNORED, evaluation_batches
+from fedlpp_ray.training import opinions
 from tests import tiny
 
 COARSE = {"downlink.bits": 2, "client.base_bits": 4}
@@ -102,8 +109,10 @@ def test_the_floor_is_what_the_colluders_examples_give_them_alone(run: Run) -> N
     assert list(floor) == ["tuned alone", "tuned alone on W0"]
 
 
-def test_every_attack_runs_in_both_bases_and_gives_the_same_numbers_again(run: Run) -> None:
-    ladder = run.ladder(colluders=2, max_looks=2)
+def test_every_attack_runs_in_both_bases_and_gives_the_same_numbers_again(
+    run: Run, tiny_csv: Path
+) -> None:
+    ladder = run.ladder(colluders=2, max_looks=2, auxiliary=str(tiny_csv))
     first, again = (list(ladder.run(ATTACKS)) for _ in range(2))
     assert first == again
     assert [each.name for each in first] == [*ATTACKS, *(f"{name} on W0" for name in ATTACKS)]
@@ -199,7 +208,7 @@ def test_other_broadcasts_are_attacked_too(
 ) -> None:
     other = Run(tiny_experiment.with_values({"federation.rounds": 2, **values}))
     ladder = other.ladder(colluders=2, max_looks=1)
-    found = by_name(list(ladder.run(ATTACKS)))
+    found = by_name(list(ladder.run(feasible(ATTACKS, ladder.view.tools.means)[0])))
     last = other.history[-1].evaluation
     assert last is not None
     assert found["last-broadcast"].metrics == last.client_before
@@ -226,6 +235,10 @@ def test_a_writer_is_attacked_too(tmp_path: Path, tiny_experiment: Experiment) -
             },
             "because W0 is not public",
         ),
+        (
+            {"adversary.base": "public", "adversary.architecture": "unknown"},
+            "no use to who cannot tell them",
+        ),
     ],
 )
 def test_threat_models_that_cannot_be_are_refused(
@@ -241,3 +254,123 @@ def test_runs_without_a_servers_model_are_refused(tiny_experiment: Experiment) -
     personal = {"server.aggregation": "fedsa-lora", "evaluation.server": False}
     with pytest.raises(UserError, match="leaves a part of the model"):
         Ladder(tiny_experiment.with_values(personal), {}, [])
+
+
+def test_auxiliary_text_has_no_labels_and_nothing_that_is_held_out(
+    run: Run, tmp_path: Path, tiny_csv: Path
+) -> None:
+    """The task's own file, without labels: what is left are the clients' texts, each once."""
+    with tiny_csv.open() as file:
+        rows = [{"text": row["text"]} for row in csv.DictReader(file)]
+    path = tiny.write_json_lines(tmp_path / "own.jsonl", rows)
+    bench: Any = run.ladder(auxiliary=str(path)).view.tools
+    text = bench._text
+    measured = {tuple(ids.tolist()) for ids, _ in text.held_out()[0]}
+    clients = {tuple(ids.tolist()) for ids, _ in text.pooled()}
+    assert {tuple(ids.tolist()) for ids, _ in bench._auxiliary} == clients - measured
+    assert {label for _, label in bench._auxiliary} == {0}
+
+
+def test_without_auxiliary_text_there_is_no_distillation(run: Run) -> None:
+    ladder = run.ladder()
+    with pytest.raises(ViewError, match="has no auxiliary text"):
+        list(ladder.run(find_attacks(["distilled"])))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"texts": "a cat"}], r"adversary\.auxiliary: task\.text_column = 'text' is not in"),
+        ([{"text": ""}], r"adversary\.auxiliary: .* a text is missing in 1 examples"),
+    ],
+)
+def test_auxiliary_text_that_cannot_be_used_is_refused(
+    run: Run, tmp_path: Path, rows: list[dict[str, str]], message: str
+) -> None:
+    path = tiny.write_csv(tmp_path / "own.csv", rows)
+    with pytest.raises(UserError, match=message):
+        run.ladder(auxiliary=str(path))
+
+
+def test_an_ensemble_is_taught_to_one_model_that_is_nearer_to_what_all_of_them_are_near_to(
+    run: Run, tmp_path: Path
+) -> None:
+    """One function, each time with other noise of its weights: the student is nearer to it than
+    any of its teachers, on text that none of them saw."""
+    own = tiny.write_csv(tmp_path / "own.csv", tiny.make_rows(400, seed=9))
+    ladder = run.ladder(auxiliary=str(own), max_looks=20, patience=20)
+    bench: Any = ladder.view.tools
+    clean = bench.tune(ladder.view.last.state, "client")
+    random = torch.Generator().manual_seed(0)
+
+    def noisy() -> State:
+        return {
+            n: t + 0.6 * t.std() * torch.randn(t.shape, generator=random) for n, t in clean.items()
+        }
+
+    received = tuple(replace(each, state=noisy()) for each in ladder.view.received)
+    view = replace(ladder.view, received=received)
+    batches = evaluation_batches(text_of(bench), bench._text.pad, 32)
+
+    def said(state: State) -> torch.Tensor:
+        return torch.cat(opinions(bench._put(state, "client"), batches, torch.device("cpu")))
+
+    wanted = said(clean)
+    distances = [float((said(each.state) - wanted).norm()) for each in received]
+    student = ATTACKS["distilled"].attack(view)
+    found = float((said(student) - wanted).norm())
+    assert found < min(distances)
+    # Of the mean of four with weights that halve in three rounds it would be 0.52, were it linear.
+    assert found < 0.7 * sum(distances) / len(distances)
+
+
+def text_of(bench: Any) -> Any:
+    return bench._text.held_out()[0]
+
+
+def test_a_writers_answers_are_written_by_the_newest_broadcast(
+    tmp_path: Path, tiny_experiment: Experiment
+) -> None:
+    values = tiny.make_writing(tmp_path, "llama") | {"federation.rounds": 2, "downlink.bits": 2}
+    other = Run(Experiment().with_values(values))
+    rows = [{"thing": thing} for thing in ("a cat", "the river", "one seven")]
+    own = tiny.write_csv(tmp_path / "own.csv", rows)
+    ladder = other.ladder(max_looks=1, auxiliary=str(own))
+    (found,) = ladder.run(find_attacks(["distilled"]))
+    assert found.level == "trained"
+    bench: Any = ladder.view.tools
+    asked = bench._auxiliary
+    model = bench._put(ladder.view.last.state, "client")
+    answered = bench._text.answered(asked, model, torch.device("cpu"))
+    for (ids, nothing), (whole, labels) in zip(asked, answered, strict=True):
+        assert (nothing == IGNORED).all()
+        assert whole[: len(ids)].equal(ids)
+        assert labels[len(ids) :].equal(whole[len(ids) :])
+        with torch.no_grad():
+            logits = model(input_ids=whole[None, :-1]).logits[0]
+        written = whole[len(ids) : -1]
+        assert logits[len(ids) - 1 :].argmax(-1)[: len(written)].equal(written)
+
+
+def test_a_black_box_makes_the_same_of_what_needs_no_architecture(run: Run) -> None:
+    hidden, open_ = run.ladder(architecture="unknown", colluders=2), run.ladder(colluders=2)
+    able, _ = feasible(ATTACKS, hidden.view.tools.means)
+    assert hidden.bases == ("client",)
+    assert hidden.floor() == {}
+    expected = {x.name: x.metrics for x in open_.run(able) if x.base == "client"}
+    assert {x.name: x.metrics for x in hidden.run(able)} == expected
+    assert "architecture unknown; has their base, no auxiliary text; 4 broad" in hidden.threat
+    for each in hidden.view.received:
+        assert not {*each.state, *each.cells} & set(open_.view.last.state)
+    for name in ATTACKS.keys() - able.keys() - {"distilled", "distilled-mean"}:
+        with pytest.raises(ViewError):
+            list(hidden.run(find_attacks([name])))
+
+
+def test_what_a_black_box_hides_is_not_watched(tiny_experiment: Experiment) -> None:
+    blind = {"adversary.architecture": "unknown"}
+    check_combinations(tiny_experiment.with_values(blind))
+    values = blind | {"adversary.watch": ["trend", "aligned-trend"]}
+    message = "'aligned-trend' needs adversary.architecture 'known'"
+    with pytest.raises(ConfigError, match=message):
+        check_combinations(tiny_experiment.with_values(values))

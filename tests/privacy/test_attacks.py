@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedlpp_ray.aggregation.products import product, rotate
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
-from fedlpp_ray.privacy.view import Base, Received, View, ViewError
+from fedlpp_ray.privacy.attacks import ATTACKS, feasible, find_attacks
+from fedlpp_ray.privacy.sealed import Sealed
+from fedlpp_ray.privacy.view import Base, Means, Received, View, ViewError
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import State, part
 
@@ -26,7 +27,9 @@ class FakeTools:
 
     clients: frozenset[int] = frozenset({3})
     bases: tuple[Base, ...] = ("client",)
+    means: frozenset[Means] = frozenset({"architecture", "auxiliary"})
     tuned: list[State] = field(default_factory=list)
+    taught: list[list[tuple[float, State]]] = field(default_factory=list)
 
     def loss(self, state: State, base: Base) -> float:
         return float(state[HEAD].flatten()[0])
@@ -36,6 +39,11 @@ class FakeTools:
 
     def tune(self, state: State, base: Base) -> State:
         self.tuned.append(state)
+        return state
+
+    def distil(self, state: State, teachers: Sequence[tuple[float, State]], base: Base) -> State:
+        self.tuned.append(state)
+        self.taught.append(list(teachers))
         return state
 
 
@@ -189,6 +197,20 @@ def test_tuning_starts_from_the_newest_and_from_the_mean() -> None:
     torch.testing.assert_close(tools.tuned[1][A], expected[A], rtol=0, atol=0)
 
 
+def test_what_is_taught_is_said_by_the_newest_rounds_and_most_by_the_newest() -> None:
+    tools = FakeTools()
+    view = view_of(broadcasts(state(), 8), tools)
+    for name in ("distilled", "distilled-mean"):
+        ATTACKS[name].attack(view)
+    assert tools.tuned[0] is view.last.state
+    expected = ATTACKS["recent-products"].attack(view)
+    torch.testing.assert_close(tools.tuned[1][A], expected[A], rtol=0, atol=0)
+    weights_of, states = zip(*tools.taught[0], strict=True)
+    assert all(x is y.state for x, y in zip(states, view.received[-6:], strict=True))
+    by_hand = 2.0 ** (-np.arange(5, -1, -1) / 3)
+    np.testing.assert_allclose(weights_of, by_hand / by_hand.sum())
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_changes_nothing_of_what_it_was_given(name: str) -> None:
     view = view_of(broadcasts(state(), 3))
@@ -220,3 +242,49 @@ def test_an_attack_that_there_is_none_of_is_refused() -> None:
     with pytest.raises(UserError, match="attack 'mean' is not one of: last-broadcast, "):
         find_attacks(["mean"])
     assert list(find_attacks(["trend"])) == ["trend"]
+
+
+def sealed(view: View) -> View:
+    tools = Sealed(view.tools, view.last.state)
+    return replace(view, received=tuple(map(tools.seal, view.received)), tools=tools)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_who_does_not_know_the_architecture_makes_the_attacks_that_do_not_need_it(
+    name: str,
+) -> None:
+    """And what these make of numbered tensors is what they make of named ones."""
+    view = view_of(broadcasts(state(), 4))
+    hidden = sealed(view)
+    assert isinstance(hidden.tools, Sealed)
+    if "architecture" in ATTACKS[name].needs:
+        with pytest.raises(ViewError, match=r"which tensors are factors|cannot train but as"):
+            ATTACKS[name].attack(hidden)
+        return
+    found, expected = hidden.tools.open(ATTACKS[name].attack(hidden)), ATTACKS[name].attack(view)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_a_sealed_client_has_one_base_and_trains_as_in_a_round_only() -> None:
+    hidden = sealed(view_of([state()], FakeTools(bases=("client", "public"))))
+    assert list(hidden.last.state) == ["tensor 1", "tensor 2", "tensor 0"]
+    with pytest.raises(ViewError, match="has no public base"):
+        replace(hidden, base="public")
+    with pytest.raises(ViewError, match="cannot train but as a client does"):
+        hidden.tools.tune(hidden.last.state, "client")
+    with pytest.raises(ViewError, match="cannot train but as a client does"):
+        hidden.tools.distil(hidden.last.state, [(1.0, hidden.last.state)], "client")
+
+
+def test_of_the_ladder_what_needs_more_than_there_is_is_left_out_with_the_reason() -> None:
+    able, left_out = feasible(ATTACKS, frozenset({"architecture"}))
+    assert left_out == dict.fromkeys(("distilled", "distilled-mean"), "needs adversary.auxiliary")
+    assert able.keys() | left_out.keys() == ATTACKS.keys()
+    blind, left_out = feasible(ATTACKS, frozenset())
+    assert list(blind) == [
+        *("last-broadcast", "best-broadcast", "mean-factors", "recent-factors", "trend"),
+        *("interval", "crossings", "after-training", "pooled-updates"),
+    ]
+    both = "needs adversary.architecture 'known' and adversary.auxiliary"
+    assert left_out["distilled"] == both
+    assert feasible(ATTACKS, frozenset({"architecture", "auxiliary"})) == (ATTACKS, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray._private.utils import get_ray_address_file
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.cluster_utils import Cluster
@@ -61,6 +63,15 @@ class Nodes:
                 self.add(cpus)
             for node in self.there(cpus)[count:]:
                 self.kill(node)
+        self.settle()
+
+    def settle(self, seconds: float = 120.0) -> None:
+        """Wait until the cluster knows of each node that is there, and of each that is not."""
+        there = {self._cluster.head_node.node_id, *self._cpus}
+        deadline = time.monotonic() + seconds
+        while {node["NodeID"] for node in ray.nodes() if node["Alive"]} != there:
+            assert time.monotonic() < deadline, "the cluster has not noticed a node"
+            time.sleep(0.1)
 
     def drain(self, node: str, seconds: int) -> None:
         """Give a node notice that it will be preempted."""
@@ -77,6 +88,7 @@ def many_nodes() -> Iterator[Nodes]:
     before = file.read_text() if file.exists() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_health_check_period_ms", "1000")  # five in vain, and a node is lost
         patch.setattr(placement, "bundles", _bundles)
         _read_environment()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

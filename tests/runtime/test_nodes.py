@@ -20,6 +20,7 @@ from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.runtime import PlacementError, RayBackend, connect, reserve
 from fedlpp_ray.runtime.cohort import CohortTraining
 from fedlpp_ray.runtime.jobs import Job
+from fedlpp_ray.runtime.placement import is_whole
 from fedlpp_ray.runtime.pool import Pool
 from fedlpp_ray.runtime.server import ServerActor
 from fedlpp_ray.runtime.sums import OnNodes
@@ -71,8 +72,12 @@ def actors(nodes: Nodes, experiment: Experiment) -> Iterator[RayBackend]:
 
 @pytest.fixture
 def backend(actors: RayBackend, nodes: Nodes, experiment: Experiment) -> RayBackend:
-    """Two client actors that work, each on its node; there is no room for the third."""
+    """Two client actors that work, each on its node; there is no room for the third.
+
+    What the test before has killed is known of, and has been made good.
+    """
     nodes.want(clients=2, servers=1)
+    actors.pool.until(lambda: is_whole(actors._group))
     assert actors.begin(experiment)
     actors.pool.until(lambda: len(actors.pool.working) == 2)
     return actors

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+from collections.abc import Iterator
+from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import tune
@@ -11,7 +16,9 @@ from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, dump_experiment
 from fedlpp_ray.config.schema import Experiment
-from fedlpp_ray.runtime.space import load_space, values_of
+from fedlpp_ray.federation.combinations import check_combinations
+from fedlpp_ray.runtime.bundles import values_of
+from fedlpp_ray.runtime.space import SearchSpace, load_space
 
 ROOT = Path(__file__).parents[2]
 HEADER = "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
@@ -34,9 +41,95 @@ def write(tmp_path: Path):
 )
 def test_every_shipped_search_space_gives_valid_trials(path: Path) -> None:
     space = load_space(path)
-    assert len(space.experiments()) == space.total >= 8
+    assert len(space.drawn) == space.total >= 8
     assert {"downlink.bits", "lora.rank", "federation.client_fraction"} <= set(space.keys)
     assert f"python -m fedlpp_ray.tune search_spaces/{path.name}" in path.read_text()
+
+
+def pairs(space: SearchSpace) -> Iterator[dict[str, Any]]:
+    """Constants, and every pair of values of two searched keys."""
+    constant = {k: v for k, v in space.param_space.items() if k not in space.keys}
+    for one, other in combinations(space.keys, 2):
+        domains = (space.param_space[one].categories, space.param_space[other].categories)
+        for values in product(*domains):
+            yield constant | dict(zip((one, other), values, strict=True))
+
+
+def test_what_optuna_may_choose_is_valid_and_goes_together() -> None:
+    """What is refused is refused of one key or of two; all of it, so that no trial is lost."""
+    space = load_space(ROOT / "search_spaces" / "privacy_pareto.py")
+    known = {len(space.param_space[key].categories) for key in space.keys}
+    assert min(known) >= 2
+    for config in pairs(space):
+        check_combinations(space.variants.experiment(config))
+
+
+def test_the_shipped_search_follows_seed_and_rounds() -> None:
+    path = ROOT / "search_spaces" / "privacy_pareto.py"
+    space = load_space(path, ["federation.rounds=3", "seed=5"])
+    search, stop = space.tune_config.search_alg, space.tune_config.scheduler
+    assert (search._seed, stop._max_t) == (5, 3)
+    assert search.metric == list(space.objectives)
+
+
+BUNDLES = (
+    "bundles = {'lora.rank': {2: {'lora.rank': 2, 'lora.alpha': 4}, 4: {'lora.rank': 4, "
+    "'lora.alpha': 8}}, 'defence': {'none': {}, 'turn': {'downlink.rotate': 'round'}}}\n"
+    "param_space = {'lora.rank': tune.grid_search([2, 4]), "
+    "'defence': tune.grid_search(['none', 'turn']), 'evaluation.every': 2}\n"
+)
+
+
+def test_a_bundle_is_searched_by_name_and_sets_its_keys(write) -> None:
+    space = load_space(write(BUNDLES))
+    assert space.keys == ["lora.rank", "defence"]
+    assert {(t["lora.rank"], t["defence"]) for t in space.trials or []} == set(
+        product((2, 4), ("none", "turn"))
+    )
+    found = {(e.lora.rank, e.lora.alpha, e.downlink.rotate) for e in space.drawn}
+    assert found == {(r, 2 * r, turn) for r in (2, 4) for turn in ("none", "round")}
+    copied = pickle.loads(pickle.dumps(space.variants))  # as trials and a restored sweep get it
+    trial = {"trial": 3, "lora.rank": 4, "defence": "turn"}
+    assert copied.experiment(trial) == space.variants.experiment(trial)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "found"),
+    [
+        (["lora.rank=4"], ["defence"], {(4, 8, "none"), (4, 8, "round")}),  # the bundle's choice
+        (["lora.rank=3"], ["defence"], {(3, 16, "none"), (3, 16, "round")}),  # the key
+        (["defence=turn"], ["lora.rank"], {(2, 4, "round"), (4, 8, "round")}),
+        (["downlink.rotate=client"], ["lora.rank"], {(2, 4, "client"), (4, 8, "client")}),
+        (["lora.alpha=1"], ["lora.rank", "defence"], {(2, 1, "none"), (4, 1, "round")}),
+    ],
+)
+def test_an_override_goes_before_a_bundle(
+    write, overrides: list[str], keys: list[str], found: set[tuple[object, ...]]
+) -> None:
+    space = load_space(write(BUNDLES), overrides)
+    assert space.keys == keys
+    assert found <= {(e.lora.rank, e.lora.alpha, e.downlink.rotate) for e in space.drawn}
+
+
+def test_settings_of_a_search_may_follow_the_base(write) -> None:
+    path = write(
+        "param_space = {'client.lr': tune.loguniform(1e-5, 1e-1)}\n"
+        "def tune_config(base):\n    return tune.TuneConfig(num_samples=base.federation.rounds)"
+    )
+    assert load_space(path, ["federation.rounds=7"]).total == 7
+
+
+def test_a_search_without_optuna_names_the_extra(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = "from ray.tune.search.optuna import OptunaSearch\n"
+    paths = ("import optuna", search + "OptunaSearch(metric='floor', mode='max')")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("ray.tune.search.optuna.optuna_search.ot", None)
+    monkeypatch.setattr("fedlpp_ray.runtime.space.find_spec", lambda name: None)
+    for body in paths:
+        with pytest.raises(
+            ConfigError, match=r"space.py needs: pip install 'fedlpp_ray\[search\]'$"
+        ):
+            load_space(write(body))
 
 
 def test_a_grid_gives_its_product_and_constants_do_not_vary(write) -> None:
@@ -47,7 +140,7 @@ def test_a_grid_gives_its_product_and_constants_do_not_vary(write) -> None:
         )
     )
     assert space.keys == ["lora.rank", "downlink.bits"]
-    trials = {(e.lora.rank, e.downlink.bits, e.evaluation.every) for e in space.experiments()}
+    trials = {(e.lora.rank, e.downlink.bits, e.evaluation.every) for e in space.drawn}
     assert trials == {(r, b, 3) for r in (2, 4) for b in ("ternary", 8)}
 
 
@@ -82,7 +175,7 @@ def test_an_override_fixes_a_searched_key_and_max_trials_limits(write) -> None:
     )
     space = load_space(path, ["lora.rank=16"], max_trials=2)
     assert space.keys == ["downlink.bits"]
-    assert [e.lora.rank for e in space.experiments()] == [16, 16]
+    assert [e.lora.rank for e in space.drawn] == [16, 16]
     names = {load_space(path, ["lora.rank=16"], n).name for n in (2, 2, 3)}
     assert len(names) == 2  # another sweep, another name
 
@@ -95,7 +188,8 @@ def test_a_searcher_is_left_to_choose(write) -> None:
     )
     space = load_space(path, max_trials=4)
     assert space.trials is None
-    assert (space.total, space.experiments()) == (4, [space.base])
+    assert (space.total, len(space.drawn)) == (4, 4)
+    assert {e.client.lr for e in space.drawn}.isdisjoint({space.base.client.lr})
 
 
 @pytest.mark.parametrize(
@@ -134,6 +228,46 @@ def test_a_searcher_is_left_to_choose(write) -> None:
             "num_samples = -1: must be at least 1",
         ),
         ("param_space = (", "space.py: SyntaxError"),
+        (
+            BUNDLES.replace("{'none': {}", "{'none': 1"),
+            "bundles must be dicts of keys by choice by name",
+        ),
+        (BUNDLES + "del param_space['defence']", "param_space does not search 'defence'"),
+        (
+            BUNDLES + "bundles['defence']['none'] = {'lora.alpha': 3}",
+            "bundles: lora.alpha is set by 'defence' and by 'lora.rank'",
+        ),
+        (
+            BUNDLES + "param_space['downlink.rotate'] = 'client'",
+            "downlink.rotate is set by 'defence' and by 'downlink.rotate'",
+        ),
+        (
+            BUNDLES + "param_space['defence'] = tune.grid_search(['none', 'turned'])",
+            "defence: turned is not in its bundle; allowed: none, turn",
+        ),
+        (
+            BUNDLES + "bundles['defence']['turn'] = {'downlink.rotat': 'round'}",
+            "downlink.rotat: unknown key",
+        ),
+        (
+            "param_space = {'lora.rank': tune.grid_search([2])}\n"
+            "def tune_config(base):\n    return base.no_such_key",
+            "space.py: AttributeError: .*no_such_key",
+        ),
+        (
+            "from ray.tune.schedulers import ASHAScheduler\n"
+            "param_space = {'lora.rank': tune.grid_search([2])}\n"
+            "tune_config = tune.TuneConfig(scheduler=ASHAScheduler(metric='server/acc', "
+            "mode='max'))",
+            "tune_config.scheduler: no trial reports 'server/acc'; allowed: server/utility",
+        ),
+        (
+            "from ray.tune.search.optuna import OptunaSearch\n"
+            "param_space = {'lora.rank': tune.randint(1, 3)}\n"
+            "tune_config = tune.TuneConfig(search_alg=OptunaSearch(metric=['floor', 'x'], "
+            "mode=['max', 'max']))",
+            "tune_config.search_alg: no trial reports 'x'",
+        ),
         ("import no_such_module", "space.py: ModuleNotFoundError: .*no_such_module"),
         (
             "from ray.tune.search.basic_variant import BasicVariantGenerator\n"

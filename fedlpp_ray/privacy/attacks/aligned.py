@@ -13,6 +13,7 @@ counts, so that what is each one's own, noise, rounding, masks, is averaged over
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -22,28 +23,28 @@ from fedlpp_ray.privacy.attacks.interval import interval
 from fedlpp_ray.privacy.attacks.means import average, recent_factors
 from fedlpp_ray.privacy.attacks.trend import trend
 from fedlpp_ray.privacy.view import View
-from fedlpp_ray.state import State, layers_of, name_of
+from fedlpp_ray.state import State, name_of
 
 
-@attack("aligned-last", "broadcast")
+@attack("aligned-last", "broadcast", "architecture")
 def aligned_last(view: View) -> State:
     """The mean of the colluders' editions of the newest round; of one edition, the newest D."""
     return average(aligned(view), [float(x.made == view.last.made) for x in view.received])
 
 
-@attack("aligned-factors", "broadcast")
+@attack("aligned-factors", "broadcast", "architecture")
 def aligned_factors(view: View) -> State:
     """`recent-factors` in one gauge."""
     return recent_factors(aligned(view))
 
 
-@attack("aligned-trend", "broadcast")
+@attack("aligned-trend", "broadcast", "architecture")
 def aligned_trend(view: View) -> State:
     """`trend` in one gauge."""
     return trend(aligned(view))
 
 
-@attack("aligned-interval", "broadcast")
+@attack("aligned-interval", "broadcast", "architecture")
 def aligned_interval(view: View) -> State:
     """`interval` in one gauge, with the cells of the newest edition, which is not turned."""
     return interval(aligned(view))
@@ -51,17 +52,18 @@ def aligned_interval(view: View) -> State:
 
 def aligned(view: View) -> View:
     """The view in the gauge of the newest broadcast, whose cells alone are left."""
+    layers = view.layers()
     earlier = (
-        replace(each, state=turn(each.state, view.last.state), cells={})
+        replace(each, state=turn(each.state, view.last.state, layers), cells={})
         for each in view.received[:-1]
     )
     return replace(view, received=(*earlier, view.last))
 
 
-def turn(state: State, target: State) -> State:
-    """(B R, R^T A) of each layer with the R that brings it nearest to the target's."""
+def turn(state: State, target: State, layers: Iterable[str]) -> State:
+    """(B R, R^T A) of each of these layers with the R that brings it nearest to the target's."""
     found = dict(state)
-    for layer in layers_of(sorted(state)):
+    for layer in layers:
         a, b = name_of(layer, "A"), name_of(layer, "B")
         if b in state:
             own_a, own_b = state[a].double(), state[b].double()

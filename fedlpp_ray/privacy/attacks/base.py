@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from fedlpp_ray.errors import UserError
-from fedlpp_ray.privacy.view import View
+from fedlpp_ray.privacy.view import Means, View
 from fedlpp_ray.state import State
 
 Attack = Callable[[View], State]
@@ -23,21 +23,28 @@ class Known:
     Attributes:
         level: What it costs.
         attack: It.
+        needs: What not every adversary has. One that uses more is refused by what it is given.
     """
 
     level: Level
     attack: Attack
+    needs: frozenset[Means] = frozenset()
 
 
+_KEYS: dict[Means, str] = {
+    "architecture": "adversary.architecture 'known'",
+    "auxiliary": "adversary.auxiliary",
+}
+"""What gives an adversary its means."""
 ATTACKS: dict[str, Known] = {}
 """By name, from the weakest means to the strongest."""
 
 
-def attack(name: str, level: Level) -> Callable[[Attack], Attack]:
+def attack(name: str, level: Level, *needs: Means) -> Callable[[Attack], Attack]:
     """Put a function on the ladder."""
 
     def register(found: Attack) -> Attack:
-        ATTACKS[name] = Known(level, found)
+        ATTACKS[name] = Known(level, found, frozenset(needs))
         return found
 
     return register
@@ -53,3 +60,16 @@ def find_attacks(names: list[str] | None = None) -> dict[str, Known]:
         if name not in ATTACKS:
             raise UserError(f"attack '{name}' is not one of: {', '.join(ATTACKS)}")
     return ATTACKS if names is None else {name: ATTACKS[name] for name in names}
+
+
+def feasible(
+    attacks: Mapping[str, Known], means: frozenset[Means]
+) -> tuple[dict[str, Known], dict[str, str]]:
+    """Those that an adversary with these means can make, and of the others what they need."""
+    lacking = {name: sorted(known.needs - means) for name, known in attacks.items()}
+    able = {name: known for name, known in attacks.items() if not lacking[name]}
+    return able, {
+        name: f"needs {' and '.join(_KEYS[each] for each in found)}"
+        for name, found in lacking.items()
+        if found
+    }

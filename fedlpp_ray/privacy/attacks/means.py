@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlpp_ray.aggregation.products import combine, product
 from fedlpp_ray.privacy.attacks.base import attack
 from fedlpp_ray.privacy.view import View
-from fedlpp_ray.state import State, layers_of, name_of
+from fedlpp_ray.state import State, name_of
 
 HALVING = 3.0
 """Broadcasts after which a weight has halved, in a mean towards the recent ones."""
@@ -24,7 +24,7 @@ def mean_factors(view: View) -> State:
     return average(view, [1.0] * len(view.received))
 
 
-@attack("mean-products", "broadcast")
+@attack("mean-products", "broadcast", "architecture")
 def mean_products(view: View) -> State:
     """The rank-r part of (1/T) sum_t B_t A_t; what is no factor as `mean-factors`."""
     return average_products(view, [1.0] * len(view.received))
@@ -36,19 +36,19 @@ def recent_factors(view: View) -> State:
     return average(view, recent(view))
 
 
-@attack("recent-products", "broadcast")
+@attack("recent-products", "broadcast", "architecture")
 def recent_products(view: View) -> State:
     """As `mean-products`, with weights that halve every `HALVING` broadcasts back."""
     return average_products(view, recent(view))
 
 
-@attack("mean-products-full", "broadcast")
+@attack("mean-products-full", "broadcast", "architecture")
 def mean_products_full(view: View) -> State:
     """(1/T) sum_t B_t A_t whole, beside factors whose product is zero."""
     return average_products_whole(view, [1.0] * len(view.received))
 
 
-@attack("recent-products-full", "broadcast")
+@attack("recent-products-full", "broadcast", "architecture")
 def recent_products_full(view: View) -> State:
     """As `mean-products-full`, with weights that halve every `HALVING` broadcasts back."""
     return average_products_whole(view, recent(view))
@@ -73,7 +73,7 @@ def average_products(view: View, weights: list[float]) -> State:
     """
     total = sum(weights)
     found = average(view, weights)
-    for layer in layers_of(sorted(found)):
+    for layer in view.layers():
         a, b = name_of(layer, "A"), name_of(layer, "B")
         if b not in found:
             continue
@@ -93,7 +93,7 @@ def average_products_whole(view: View, weights: list[float]) -> State:
     """
     total = sum(weights)
     found = average(view, weights)
-    for layer in layers_of(sorted(found)):
+    for layer in view.layers():
         b, residual = name_of(layer, "B"), name_of(layer, "residual")
         if b not in found:
             continue

@@ -24,13 +24,13 @@ def pooled_updates(view: View) -> State:
     return {name: tensor.float() for name, tensor in mean.items()}
 
 
-@attack("tuned", "trained")
+@attack("tuned", "trained", "architecture")
 def tuned(view: View) -> State:
     """The newest broadcast, tuned on the colluders' examples while their validation improves."""
     return view.tools.tune(view.last.state, view.base)
 
 
-@attack("tuned-mean", "trained")
+@attack("tuned-mean", "trained", "architecture")
 def tuned_mean(view: View) -> State:
     """The recent mean of the products, tuned likewise."""
     return view.tools.tune(average_products(view, recent(view)), view.base)
