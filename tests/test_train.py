@@ -141,7 +141,7 @@ def test_a_folder_that_holds_rounds_is_refused_and_a_finished_run_shown_again(
     assert train.main([*command, *moved, "--resume"]) == 0
     again = capsys.readouterr().err
     assert again.splitlines()[0].endswith(": finished")
-    assert again.splitlines()[1:] == shown.splitlines()[-5:]
+    assert again.splitlines()[1:] == shown.splitlines()[-6:]
     assert (project / "again.json").read_text() == (folder / "result.json").read_text()
     for path in (project / "a").iterdir():
         assert (project / "b" / path.name).read_bytes() == path.read_bytes()

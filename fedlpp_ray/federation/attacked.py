@@ -47,9 +47,12 @@ def check_at_end(experiment: Experiment) -> None:
     if not experiment.adversary.at_end:
         return
     try:
-        _asked(experiment)
+        _, left_out = _asked(experiment)
     except UserError as error:
         raise ConfigError(f"adversary.at_end: {error}; or all") from None
+    if experiment.adversary.at_end != ALL:
+        for name, reason in left_out.items():
+            raise ConfigError(f"adversary.at_end: '{name}' {reason}")
     check_adversary(experiment)
     for name, party in (("client", experiment.client), ("server", experiment.server)):
         if party.zero.stage == 3:

@@ -28,10 +28,8 @@ def save_watched(outcome: Mapping[str, Any], utility: str, path: Path) -> None:
     if not leaks:
         return
     curve = [(round, found) for round, (_, found) in leaks.items()]
-    title = f"Leak to {outcome['threat']}"
-    _draw(
-        history, curve, outcome["protection"]["floor"][1], title=title, utility=utility, path=path
-    )
+    floor, threat = outcome["protection"]["floor"][1], outcome.get("threat", "clients")
+    _draw(history, curve, floor, threat=threat, utility=utility, path=path)
 
 
 def save_leak_curve(
@@ -46,8 +44,8 @@ def save_leak_curve(
         path: Where the PNG goes.
     """
     curve = [(each["round"], each[UTILITY]) for each in report["leak_curve"]]
-    title = f"Leak to {report['threat']}"
-    _draw(history, curve, report["protection"]["floor"][1], title=title, utility=utility, path=path)
+    floor, threat = report["protection"]["floor"][1], report["threat"]
+    _draw(history, curve, floor, threat=threat, utility=utility, path=path)
 
 
 def _draw(
@@ -55,7 +53,7 @@ def _draw(
     curve: Points,
     floor: float | None,
     *,
-    title: str,
+    threat: str,
     utility: str,
     path: Path,
 ) -> None:
@@ -72,7 +70,7 @@ def _draw(
     if floor is not None:
         axes.axhline(floor, color="0.5", ls=":", label="floor")
     axes.set(xlabel="round", ylabel=f"held-out {utility}")
-    axes.set_title(fill(title, 90), fontsize="small")
+    axes.set_title(fill(f"Leak to {threat}", 90), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -80,7 +80,7 @@ def _ladder_names(experiment: Experiment) -> tuple[str, ...]:
     if not asked or not is_attackable(experiment):
         return ()
     names, _ = attacks_of(experiment, None if asked == ALL else list(asked))
-    return (*(f"{ATTACK}/{name}" for name in (*names, "strongest")), f"seconds/{ATTACK}")
+    return (*(f"{ATTACK}/{name}" for name in (*names, "strongest")), "seconds/ladder")
 
 
 def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def _names(models: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
 _MODELS = (*EVALUATED, FINAL, *_FLOORS)
 _ALL = {name for measures in MEASURES.values() for name in _names(_MODELS, measures)}
 _ALL |= {*_DP, DP_BELOW, *(f"{LEAK}/{name}" for name in (*get_args(Watched), "strongest"))}
-_ALL |= {LEAK_SHARE, f"seconds/{ATTACK}", *(f"{ATTACK}/{n}" for n in (*ATTACKS, "strongest"))}
+_ALL |= {LEAK_SHARE, "seconds/ladder", *(f"{ATTACK}/{n}" for n in (*ATTACKS, "strongest"))}
 
 
 def round_metrics(history: Sequence[RoundRecord]) -> dict[str, float]:
@@ -161,7 +161,7 @@ def _ladder_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     best = {name: max(x, key=lambda u: (not math.isnan(u), u)) for name, x in found.items()}
     if strongest := report[PROTECTION]["strongest"]:
         best["strongest"] = strongest[1]
-    return _prefixed(ATTACK, best) | {f"seconds/{ATTACK}": outcome["seconds"]["ladder"]}
+    return _prefixed(ATTACK, best) | {"seconds/ladder": outcome["seconds"]["ladder"]}
 
 
 def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:

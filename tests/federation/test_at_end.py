@@ -152,7 +152,7 @@ def test_an_adversary_that_received_nothing_costs_the_attacks_and_not_the_run(
     assert "received no broadcast" in found.threat
     outcome = ended([], {})
     assert outcome["protection"]["strongest"] == ("client_after of round 1", 0.6)
-    assert "attack/strongest" not in final_metrics(outcome | {"history": []})
+    assert "attack/strongest" not in final_metrics(outcome)
 
 
 def test_nothing_is_attacked_that_nobody_asks_for_or_that_leaves_no_model(

@@ -252,7 +252,7 @@ def test_a_result_is_complete_and_a_history_survives_json(tiny_experiment: Exper
     backend = InProcess(tiny_experiment)
     history = list(Federation(tiny_experiment, backend).run())
     outcome = result(tiny_experiment, history, backend.measure_floor())
-    known = {"config", "history", "final", "floor", "protection", "ladder", "seconds"}
+    known = {"config", "history", "final", "floor", "protection", "threat", "ladder", "seconds"}
     assert set(outcome) == known | {"versions", "seed"}
     assert set(outcome["history"][0]) >= {
         "round", "server", "client_before", "client_after", "bytes", "seconds"
