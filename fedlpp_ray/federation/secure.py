@@ -25,14 +25,12 @@ from fedlpp_ray.aggregation import METHODS, Method
 from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import FULL_PRECISION, ConfigError, Experiment
 from fedlpp_ray.errors import UserError
+from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import ClientReport
 from fedlpp_ray.privacy.secure import Grid, SecureClient, Session
 
 Exchange = Callable[[Mapping[int, bytes]], Mapping[int, bytes]]
 """What clients send in a step to what the server then sends to each that is left, by client."""
-
-_LARGEST_COUNT = 0.5
-"""Absolute value of what says with an update whether it was within the clip (`privacy.dp`)."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +115,24 @@ def grid_of(experiment: Experiment, examples: Sequence[int]) -> Grid:
 
 
 def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
-    """Why a sum would not do, or would hide nothing: reasons, and whether each does."""
+    """Why a sum would not do, or would hide nothing: reasons, and whether each does.
+
+    Where there is differential privacy its own are those of `private.refusals`, which hold before.
+    """
     config, federation, down = experiment.secure, experiment.federation, experiment.downlink
     name, sampled = experiment.server.aggregation, experiment.federation.sample_size
     threshold = config.threshold or 0
+    rules = private(experiment)
+    reach = rules.reach if rules else 0.0
     able = ", ".join(key for key, known in METHODS.items() if _is_mean(known))
     return {
         f"method '{experiment.method}' has no updates of clients to hide; set secure.threshold to "
         "null": experiment.method != "federated",
         f"server.robust '{experiment.server.robust}' compares single updates, and the server has "
         "their sum alone; allowed: none": experiment.server.robust != "none",
+        "lora.client_ranks gives clients updates of different lengths, which have no sum": (
+            len({*(experiment.lora.client_ranks or ()), experiment.lora.rank}) > 1
+        ),
         f"server.aggregation '{name}' takes more of the updates than their mean; allowed: {able}": (
             not _is_mean(method)
         ),
@@ -141,15 +147,12 @@ def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
         "are sampled": not sampled < 2 * threshold <= 2 * sampled,
         f"federation.min_updates = {federation.min_updates} would fold fewer updates than can be "
         f"unmasked; allowed: {threshold} and more": federation.min_updates < threshold,
-        f"uplink.bits = {experiment.uplink.bits} rounds to codes that have no sum, and integers "
-        "of secure.bits travel in their place; allowed: 32": (
-            experiment.uplink.bits != FULL_PRECISION
-        ),
         "uplink.error_feedback adds what the uplink's codes have lost, and there are none": (
             experiment.uplink.error_feedback
         ),
-        "lora.client_ranks gives clients updates of different lengths, which have no sum": (
-            len({*(experiment.lora.client_ranks or ()), experiment.lora.rank}) > 1
+        f"uplink.bits = {experiment.uplink.bits} rounds to codes that have no sum, and integers "
+        "of secure.bits travel in their place; allowed: 32": (
+            experiment.uplink.bits != FULL_PRECISION
         ),
         "downlink.client_mask has every client return other columns, which have no sum": bool(
             down.client_mask
@@ -158,10 +161,8 @@ def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
         "a single update; allowed: round, none": down.rotate == "client",
         "dp.clip with secure.bits = 32: a clipped update that is rounded to a coarse grid may be "
         "longer than the clip; allowed: 64": (experiment.dp.clip is not None and config.bits != 64),
-        f"dp.adaptive sends a number of absolute value {_LARGEST_COUNT} with every update, and "
-        f"secure.clip = {config.clip:g} is below; allowed: {_LARGEST_COUNT} and more": (
-            experiment.dp.adaptive and config.clip < _LARGEST_COUNT
-        ),
+        f"dp.noise and dp.adaptive make numbers of up to {reach:.3g} in every update, and "
+        f"secure.clip = {config.clip:g} is below": config.clip < reach,
     }
 
 
