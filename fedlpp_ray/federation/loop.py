@@ -83,8 +83,9 @@ class Federation:
             # 3. Each client trains from it; the server folds each update as it comes, in any order.
             with clock("train"):
                 halves = self._halves(plan)  # that mask the updates, if they are to be
-            kept, sent = {c: self._memory(c.client) for c in plan.cohort}, self._trained_from(plan)
-            training = self.backend.train(plan.round, kept, sent, halves.maskings)
+            kept = {each: self._memory(each.client) for each in plan.cohort}
+            broadcasts = self._trained_from(plan)
+            training = self.backend.train(plan.round, kept, broadcasts, halves.maskings)
             if evaluation:
                 yield self._measured(evaluation, clock)
             with clock("train"):
