@@ -145,7 +145,14 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("case", VARIANTS)
+SLOW = ("half, replaced", "dp")
+"""Whose parts the other cases have too."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in VARIANTS],
+)
 def test_a_round_ends_at_the_plain_state_within_half_a_unit(secure: Experiment, case: str) -> None:
     """And two roundings to fp32."""
     experiment = secure.with_values(SHORT | VARIANTS[case])
