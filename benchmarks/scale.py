@@ -33,7 +33,8 @@ import torch
 from benchmarks import page
 from fedlpp_ray.aggregation import make_optimizer
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.aggregator import Aggregator, Opening
+from fedlpp_ray.federation.aggregator import Aggregator
+from fedlpp_ray.federation.opening import Opening
 from fedlpp_ray.federation.records import Assignment
 from fedlpp_ray.federation.wire import Wire
 from fedlpp_ray.messages import Envelope, decode, encode

@@ -15,7 +15,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.recomputed import MOST, Recomputed, all_sent, choose
-from fedlpp_ray.federation.records import ClientRecord, ClientUpdate, Fault, Memory, RoundRecord
+from fedlpp_ray.federation.records import ClientRecord, ClientUpdate, Fault, RoundRecord
 from fedlpp_ray.federation.wire import Broadcast
 
 DP = {"dp.clip": 0.5, "dp.noise": "clients", "server.weighting": "uniform"}
@@ -120,6 +120,7 @@ def test_runs_without_updates_are_refused(
     for key, value, message in (
         ("method", "centralised", "method 'centralised' has no updates"),
         ("client", {"num_workers": 2}, "client.num_workers: an update of several ranks"),
+        ("secure", {"threshold": 3}, "secure.threshold = 3: the server saw the sum of a round's"),
     ):
         old = outcome["config"][key]
         changed = {**old, **value} if isinstance(value, dict) else value
@@ -151,10 +152,8 @@ def test_an_update_made_again_is_the_one_that_was_sent_bit_for_bit(
     payloads: dict[tuple[int, int], bytes] = {}
     train_one = ClientHost.train
 
-    def recorded(
-        host: ClientHost, round: int, client: int, broadcast: Broadcast, memory: Memory = None
-    ) -> ClientUpdate:
-        update = train_one(host, round, client, broadcast, memory)
+    def recorded(host: ClientHost, round: int, client: int, *given: Any) -> ClientUpdate:
+        update = train_one(host, round, client, *given)
         payloads[round, client] = update.payload
         return update
 

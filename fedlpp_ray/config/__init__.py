@@ -7,7 +7,7 @@ from fedlpp_ray.config.identity import check_same, fingerprint, flat_config
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
 from fedlpp_ray.config.parties import ClientConfig, FederationConfig, ServerConfig
-from fedlpp_ray.config.privacy import PrivacyConfig
+from fedlpp_ray.config.privacy import PrivacyConfig, SecureConfig
 from fedlpp_ray.config.running import EvaluationConfig, RuntimeConfig
 from fedlpp_ray.config.schema import Experiment
 from fedlpp_ray.config.section import FULL_PRECISION, Bits, Section
@@ -33,6 +33,7 @@ __all__ = [
     "PrivacyConfig",
     "RuntimeConfig",
     "Section",
+    "SecureConfig",
     "ServerConfig",
     "TaskConfig",
     "UplinkConfig",

@@ -1,4 +1,4 @@
-"""Client-level differential privacy."""
+"""Client-level differential privacy, and secure aggregation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedlpp_ray.config.section import PositiveFloat, Section
+from fedlpp_ray.config.section import Positive, PositiveFloat, Section
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -42,3 +42,22 @@ class PrivacyConfig(Section):
         if self.adaptive and self.clip is None:
             raise ValueError("dp.adaptive needs dp.clip, the clip of the first round")
         return self
+
+
+class SecureConfig(Section):
+    """Secure aggregation (Bonawitz et al., CCS 2017, section 4): of a round's updates the server
+    learns the sum alone. Needs the extra `privacy`."""
+
+    threshold: Positive | None = None
+    """t: a round's sum is of t updates or more, and fewer than t clients that pool with the server
+    all that they know do not open another's. More than half of the clients that are sampled, at
+    most `federation.min_updates`. None: updates travel as they are."""
+    clip: PositiveFloat = 1.0
+    """Largest absolute value in an update: with a larger one its client drops out of the round;
+    nothing is clipped. It is the range of the integers that travel, and so decides how fine they
+    are."""
+    bits: Literal[32, 64] = 64
+    """Of these integers, mod 2^bits: an update's values times the client's weight, rounded to
+    multiples of the smallest power of two with which no sum of a round overflows
+    (`privacy.secure.Grid`). An update takes as many bytes with 32 as in fp32, and has a coarser
+    grid than with 64."""

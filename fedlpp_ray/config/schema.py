@@ -15,7 +15,7 @@ from fedlpp_ray.config.errors import ConfigError, explain
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
 from fedlpp_ray.config.parties import ClientConfig, FederationConfig, ServerConfig
-from fedlpp_ray.config.privacy import PrivacyConfig
+from fedlpp_ray.config.privacy import PrivacyConfig, SecureConfig
 from fedlpp_ray.config.running import EvaluationConfig, RuntimeConfig, SimulationConfig
 from fedlpp_ray.config.section import Section
 from fedlpp_ray.config.task import GenerationConfig, TaskConfig
@@ -42,6 +42,7 @@ class Experiment(Section):
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     dp: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig = SecureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     adversary: AdversaryConfig = AdversaryConfig()
     simulation: SimulationConfig = SimulationConfig()

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import safetensors.torch
 
 from fedlpp_ray.aggregation import Plan, Return, RoundSum
 from fedlpp_ray.aggregation.products import pad
-from fedlpp_ray.config import FULL_PRECISION, Experiment
+from fedlpp_ray.config import FULL_PRECISION
+from fedlpp_ray.federation.opening import Decoded, Opening
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment
-from fedlpp_ray.federation.wire import Broadcast, Wire, edition
+from fedlpp_ray.federation.wire import Wire, edition
 from fedlpp_ray.messages import Envelope, MessageError, decode
 from fedlpp_ray.messages.checks import (
     brief,
@@ -29,34 +27,9 @@ from fedlpp_ray.messages.checks import (
     read_listing,
 )
 from fedlpp_ray.messages.codec import load
-from fedlpp_ray.state import Schema, State, schema_digest
+from fedlpp_ray.state import State, schema_digest
 
 PARTIAL_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What is known of a round before its first update; made by `Server.opening`.
-
-    Attributes:
-        experiment: What is run.
-        schema: Of the server's whole model state.
-        round: The server's, from 1.
-        cohort: The clients that may return.
-        broadcasts: The broadcasts that they train from, by the round in which each was made.
-        examples: n_i of each client of the cohort.
-        unsent: What clients have from the seed: never trained by all, never sent.
-        clip: C in force; infinite without differential privacy.
-    """
-
-    experiment: Experiment
-    schema: Schema
-    round: int
-    cohort: tuple[Assignment, ...]
-    broadcasts: Mapping[int, Broadcast]
-    examples: Mapping[int, int]
-    unsent: State
-    clip: float = math.inf
 
 
 class Aggregator:
@@ -82,13 +55,11 @@ class Aggregator:
         self._private = private(opening.experiment)
         self._cohort = {each.client: each for each in opening.cohort}
         self._check_opening()
-        self._decoded: dict[tuple[int, int], State] = {}
         newest = max((each.started for each in opening.cohort), default=opening.round)
-        self.own: State = {}
+        self._decoded = Decoded(opening, self._wire)
+        self.own = self._decoded.own(newest)
         """D at the server's own rank, in the newest round that a client started in; empty where
         each client has an edition of its own."""
-        if opening.cohort and not self._experiment.downlink.individual:
-            self.own = self._received(newest, self._experiment.lora.rank)
         config = self._experiment.server
         schema, clients = self._wire.trained(newest), max(1, len(opening.cohort))
         plan = Plan(self._wire.method, schema, self.own, config.rule, config.lr, clients)
@@ -227,22 +198,7 @@ class Aggregator:
 
     def _of(self, assignment: Assignment) -> State:
         """D_i."""
-        return self._received(assignment.started, edition(self._experiment, assignment.client))
-
-    def _received(self, started: int, key: int) -> State:
-        """What readers of an edition have decoded, at the server's rank; what never travels, as is.
-
-        Decoded once, unless it has one reader. A residual that was not sent is not in it.
-        """
-        made = self._experiment.downlink.made_in(started)
-        if (made, key) in self._decoded:
-            return self._decoded[made, key]
-        state = self._wire.read(made, key, self._opening.broadcasts[made][key])
-        state = self._wire.rotate(made, key, state, back=True)
-        state = self._opening.unsent | pad(state, self._experiment.lora.rank)
-        if not self._experiment.downlink.individual:
-            self._decoded[made, key] = state
-        return state
+        return self._decoded.of(assignment.started, edition(self._experiment, assignment.client))
 
 
 def _strings(value: object) -> list[str]:

@@ -15,7 +15,9 @@ from fedlpp_ray.federation.records import (
     Pending,
     RoundRecord,
 )
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.federation.wire import Broadcast
+from fedlpp_ray.privacy.secure import Session
 
 if TYPE_CHECKING:
     from fedlpp_ray.federation.attacked import Attacked
@@ -48,11 +50,29 @@ class Backend(Protocol):
             beside: Who only reads it, to be measured.
         """
 
+    def open_session(self, round: int, clients: Sequence[int]) -> Session | None:
+        """Begin secure aggregation with all who are sampled for a round; None without it."""
+
+    def exchange(self, round: int, sent: Mapping[int, bytes]) -> Mapping[int, bytes]:
+        """Take to the server what clients send in a step of secure aggregation, which that ends.
+
+        Args:
+            round: From 1.
+            sent: By client; none in the step in which `train` has taken the masked updates.
+
+        Returns:
+            What the server sends to each client that is left.
+
+        Raises:
+            MessageError, TooFewClientsError: there is no sum (`SecureSum.exchange`).
+        """
+
     def train(
         self,
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        maskings: Mapping[int, Masking] | None = None,
     ) -> Iterator[ClientReport]:
         """Have each client of the cohort train, and the server fold what it returns.
 
@@ -60,6 +80,7 @@ class Backend(Protocol):
             round: From 1.
             cohort: Each client's part, and what it has kept.
             broadcasts: By the round in which they were made.
+            maskings: With secure aggregation, by client, what it masks its update with.
 
         Returns:
             A report a client, in any order.

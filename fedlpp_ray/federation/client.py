@@ -18,6 +18,7 @@ from fedlpp_ray.federation.masks import cut
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory, RoundRecord
+from fedlpp_ray.federation.secure import Masking, grid_of
 from fedlpp_ray.federation.watch import Watch
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, store_in_bf16
@@ -97,6 +98,8 @@ class ClientHost:
             store_in_bf16(self._model)
         self._wire = Wire(experiment, schema_of(self._initial))
         self._private = private(experiment)
+        secure = experiment.secure.threshold is not None
+        self._grid = grid_of(experiment, self._text.examples) if secure else None
         self._reader = Reader(experiment, self._wire, self._initial)
         self._watch = Watch(experiment, self._text.examples)
         self._decoded: tuple[Envelope, int, bytes, State] | None = None  # the last message
@@ -119,7 +122,12 @@ class ClientHost:
 
     @together
     def train(
-        self, round: int, client: int, broadcast: Broadcast, memory: Memory = None
+        self,
+        round: int,
+        client: int,
+        broadcast: Broadcast,
+        memory: Memory = None,
+        masking: Masking | None = None,
     ) -> ClientUpdate:
         """Local training of one client from the broadcast.
 
@@ -128,9 +136,12 @@ class ClientHost:
             client: Which client.
             broadcast: The one in force; the client reads the message of its edition.
             memory: What this client kept from the last round it took part in.
+            masking: With secure aggregation, what the update is masked with; it is used up.
 
         Raises:
-            MessageError: the broadcast is not what this round expects, or the training diverged.
+            MessageError: the broadcast is not what this round expects, the training diverged, or
+                with secure aggregation a value of the update is beyond `secure.clip`.
+            ValueError: there is to be secure aggregation, and nothing to mask with.
         """
         start = time.perf_counter()
         received = self._receive(round, client, broadcast, memory)
@@ -145,15 +156,7 @@ class ClientHost:
         if self._private:
             update = self._private.protect(round, client, update, received)
         envelope = Envelope("update", round, client, self._text.examples[client])
-        random = generator(self._experiment.seed, "uplink", round, client)
-        try:
-            payload = encode(envelope, update, self._wire.uplink, random)
-        except MessageError as error:
-            lr = self._experiment.client.lr
-            raise MessageError(
-                f"round {round}: the training of client {client} diverged (client.lr = {lr:g}): "
-                f"{error}"
-            ) from None
+        payload = self._payload(envelope, update, masking)
         kept = {n: t for n, t in after.items() if part(n) in self._wire.method.personal}
         for rule in rules:
             if isinstance(rule, Scaffold):
@@ -169,7 +172,31 @@ class ClientHost:
             time.perf_counter() - start,
             self._host,
             safetensors.torch.save(kept) if kept else None,
+            masking.half if masking else None,
         )
+
+    def _payload(self, envelope: Envelope, update: State, masking: Masking | None) -> bytes:
+        """The update as it travels."""
+        round, client, config = envelope.round, envelope.client, self._experiment
+        assert client is not None
+        if (self._grid is None) != (masking is None):
+            raise ValueError(
+                f"client {client}: secure.threshold and what it has to mask with differ"
+            )
+        try:
+            if self._grid is None:
+                random = generator(config.seed, "uplink", round, client)
+                return encode(envelope, update, self._wire.uplink, random)
+            by_examples = config.server.weighting == "examples"
+            vector = self._grid.encode(update, self._text.examples[client] if by_examples else 1)
+        except MessageError as error:
+            limit = f", secure.clip = {config.secure.clip:g}" if self._grid else ""
+            raise MessageError(
+                f"round {round}: the training of client {client} diverged "
+                f"(client.lr = {config.client.lr:g}{limit}): {error}"
+            ) from None
+        assert masking is not None
+        return masking.half.masked(masking.inbox, vector)
 
     @together
     def evaluate(

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from fedlpp_ray.aggregation import METHODS, Method, find_method, find_robust
 from fedlpp_ray.aggregation.methods.base import keep
 from fedlpp_ray.config import FULL_PRECISION, ConfigError, Experiment
-from fedlpp_ray.federation import guarded
+from fedlpp_ray.federation import guarded, secure
 from fedlpp_ray.federation.means import check_watch
 from fedlpp_ray.federation.private import refusals
 from fedlpp_ray.privacy.dp import check_accountant
+from fedlpp_ray.privacy.secure import check_installed
 
 
 def check_combinations(experiment: Experiment) -> None:
@@ -18,7 +19,7 @@ def check_combinations(experiment: Experiment) -> None:
 
     Raises:
         ConfigError: naming them, and why.
-        UserError: `dp.clip` without its accountant.
+        UserError: `dp.clip` without its accountant, or `secure.threshold` without its library.
     """
     _check_privacy(experiment)
     check_watch(experiment)
@@ -30,11 +31,18 @@ def check_combinations(experiment: Experiment) -> None:
 
 
 def _check_privacy(experiment: Experiment) -> None:
-    """Refuse what differential privacy does not hold with, and its lack of an accountant."""
+    """Refuse what differential privacy or secure aggregation do not go with, and what they lack."""
     if experiment.dp.clip is not None:
         method = find_method(experiment.server.aggregation)
         _refuse("dp.clip", refusals(experiment, method))
         check_accountant()
+    if experiment.secure.threshold is not None:
+        method = find_method(experiment.server.aggregation)
+        _refuse(
+            f"secure.threshold = {experiment.secure.threshold}",
+            secure.refusals(experiment, method),
+        )
+        check_installed()
 
 
 def _check_adapter(experiment: Experiment) -> None:

@@ -20,6 +20,7 @@ from fedlpp_ray.federation.records import (
     refused,
     report,
 )
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.solo import Solo
 from fedlpp_ray.federation.wire import Broadcast
@@ -56,6 +57,8 @@ class InProcess:
         self._made_in = experiment.downlink.made_in
         self.download = self._server.download
         self.encode_broadcast = self._server.encode_broadcast
+        self.open_session = self._server.open_session
+        self.exchange = self._server.exchange
         self.aggregate = self._server.aggregate
         self.discard = self._server.discard
         self.finish = self._server.finish
@@ -71,13 +74,15 @@ class InProcess:
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        maskings: Mapping[int, Masking] | None = None,
     ) -> Iterator[ClientReport]:
         """A report a client, in the order of the cohort; each trains when the last is folded."""
         self._server.open_round(round, list(cohort), broadcasts)
         for each, memory in cohort.items():
             broadcast = broadcasts[self._made_in(each.started)]
+            masking = (maskings or {}).get(each.client)
             try:
-                update = self._host.train(each.started, each.client, broadcast, memory)
+                update = self._host.train(each.started, each.client, broadcast, memory, masking)
             except MessageError as error:
                 yield ClientReport(each.client, fault=Fault("refused", str(error)))
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedlpp_ray.config import Experiment
@@ -15,6 +16,7 @@ from fedlpp_ray.federation.records import (
     Assignment,
     ClientRecord,
     ClientReport,
+    Fault,
     Final,
     Measured,
     Memory,
@@ -23,10 +25,12 @@ from fedlpp_ray.federation.records import (
 )
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.federation.schedule import RoundPlan, Schedule, abandoned
+from fedlpp_ray.federation.secure import Halves
 from fedlpp_ray.federation.snapshot import Snapshot
 from fedlpp_ray.federation.watch import Watch
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.messages import MessageError
+from fedlpp_ray.privacy.secure import TooFewClientsError
 from fedlpp_ray.storage import StoredBytes
 
 if TYPE_CHECKING:
@@ -81,17 +85,20 @@ class Federation:
             self._put_in_force(plan.round, plan.sampled, clock)
             evaluation = self._evaluate(plan.round, clock) if plan.round > done + 1 else None
             # 3. Each client trains from it; the server folds each update as it comes, in any order.
+            with clock("train"):
+                halves = self._halves(plan)  # that mask the updates, if they are to be
             kept = {each: self._memory(each.client) for each in plan.cohort}
-            training = self.backend.train(plan.round, kept, self._trained_from(plan))
+            broadcasts = self._trained_from(plan)
+            training = self.backend.train(plan.round, kept, broadcasts, halves.maskings)
             if evaluation:
                 yield self._measured(evaluation, clock)
             with clock("train"):
                 reports = sorted(training, key=lambda report: report.client)
             # 4. What was folded becomes the server's next state.
             with clock("aggregate"):
-                digest, reports = self._close(plan, reports)
+                digest, reports = self._close(plan, reports, halves)
             # 5. Record it, and measure it while the next round trains.
-            self._record(plan, reports, digest)
+            self._record(plan, reports, digest, halves)
         if len(self.history) > done:
             with clock("aggregate"):
                 self.final = self.backend.finish()
@@ -186,8 +193,15 @@ class Federation:
         self.history[-1] = replace(record, evaluation=found.evaluation, seconds=seconds)
         return self.history[-1]
 
+    def _halves(self, plan: RoundPlan) -> Halves:
+        """Those of all who are sampled; none without secure aggregation."""
+        session = None
+        if self.experiment.secure.threshold is not None:
+            session = self.backend.open_session(plan.round, plan.sampled)
+        return Halves(session, partial(self.backend.exchange, plan.round))
+
     def _close(
-        self, plan: RoundPlan, reports: list[ClientReport]
+        self, plan: RoundPlan, reports: list[ClientReport], halves: Halves
     ) -> tuple[str, list[ClientReport]]:
         """Fold what has come, or, where that is too little, nothing."""
         needed = self.experiment.federation.min_updates
@@ -205,18 +219,31 @@ class Federation:
         )
         if broken and not came and hopeless:
             raise MessageError(f"round {plan.round}: no update could be used: {broken[0].reason}")
+        fault: Fault | None = abandoned(came, needed)
         if plan.cohort and came >= needed:
+            fault = self._unmask(reports, halves)
+        if fault is None:
             self._memories |= {
                 r.client: StoredBytes(r.memory)
                 for r in reports
                 if r.memory is not None and r.fault is None
             }
             return self.backend.aggregate(plan.round), reports
-        fault = abandoned(came, needed)
         reports = [r if r.fault else replace(r, fault=fault) for r in reports]
         return self.backend.discard(plan.round), reports
 
-    def _record(self, plan: RoundPlan, reports: Sequence[ClientReport], digest: str) -> None:
+    def _unmask(self, reports: Sequence[ClientReport], halves: Halves) -> Fault | None:
+        """Have those that came unmask their sum, if it is masked; why there is none, or None."""
+        try:
+            halves.unmask(reports)
+        except (MessageError, TooFewClientsError) as error:
+            cause = getattr(error, "cause", error)  # from an actor, Ray adds the traceback there
+            return Fault("abandoned", f"no sum was unmasked: {cause}")
+        return None
+
+    def _record(
+        self, plan: RoundPlan, reports: Sequence[ClientReport], digest: str, halves: Halves
+    ) -> None:
         busy: dict[int, float] = {}
         for report in reports:
             busy[report.host] = busy.get(report.host, 0.0) + report.seconds
@@ -224,7 +251,7 @@ class Federation:
             "client_compute": max(busy.values(), default=0.0),
             "simulated": plan.seconds,
         }
-        clients = self._clients(plan, reports)
+        clients = self._clients(plan, reports, halves)
         privacy = spent(self.experiment, plan.round, self.backend.clipping)
         self.history.append(RoundRecord(plan.round, None, clients, seconds, digest, privacy))
         needed = self.experiment.downlink.made_in(plan.oldest)
@@ -234,7 +261,7 @@ class Federation:
         self._broadcasts = attacked(self._broadcasts) | used
 
     def _clients(
-        self, plan: RoundPlan, reports: Sequence[ClientReport]
+        self, plan: RoundPlan, reports: Sequence[ClientReport], halves: Halves
     ) -> tuple[ClientRecord, ...]:
         """Who was sampled, with the bytes of each: what it holds it does not download again."""
         holders = self._holders(plan.round)
@@ -251,10 +278,9 @@ class Federation:
             known.add(each.client)
             if each.client not in holders:
                 down += len(self._broadcast(each.started)[edition(self.experiment, each.client)])
+            down, up = down + halves.down[each.client], report.up + halves.up[each.client]
             late = plan.round - each.started
-            found.append(
-                ClientRecord(each.client, down, report.up, report.loss, late, report.fault)
-            )
+            found.append(ClientRecord(each.client, down, up, report.loss, late, report.fault))
         return tuple(found)
 
     def _holders(self, round: int) -> set[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from fedlpp_ray.config import Experiment, Section
+from fedlpp_ray.config import Experiment, FederationConfig, Section
 from fedlpp_ray.federation.attacked import check_at_end
 from fedlpp_ray.federation.combinations import check_combinations
+from fedlpp_ray.federation.secure import grid_of
 from fedlpp_ray.federation.spread import check_spread
 from fedlpp_ray.lora import add_adapter
 from fedlpp_ray.models import (
@@ -33,7 +34,7 @@ def check(experiments: Iterable[Experiment]) -> None:
         AssetError, TaskError: a model, its tokenizer or data cannot be used.
         BaseFormatError, LoraError, LayersError: a client base, an emulator or an adapter does not
             fit its model.
-        ConfigError: keys do not go together.
+        ConfigError: keys do not go together, or the sums of `secure` would overflow.
     """
     experiments = list(experiments)
     for experiment in experiments:
@@ -46,8 +47,11 @@ def check(experiments: Iterable[Experiment]) -> None:
         task = load_task(config)
         users = [experiment for experiment in experiments if experiment.task == config]
         left_out = set()
-        for federation, seed, own in {(u.federation, u.seed, u.server.examples) for u in users}:
+        for federation, seed, own in {_of_shares(user) for user in users}:
             _, train, shares = share_out(task.train, federation, seed, own)
+            for user in users:
+                if _of_shares(user) == (federation, seed, own) and user.secure.threshold:
+                    grid_of(user, shares.sizes.tolist())
             left_out.add((federation.clients, shares.left_out, len(train)))
         for clients, examples, total in sorted(left_out):
             if examples:
@@ -59,6 +63,11 @@ def check(experiments: Iterable[Experiment]) -> None:
         classes = len(task.labels) if config.kind == "classification" else None
         for user in {_of_model(user): user for user in users}.values():
             _check_model(user, classes)
+
+
+def _of_shares(experiment: Experiment) -> tuple[FederationConfig, int, int]:
+    """What decides which examples are whose."""
+    return experiment.federation, experiment.seed, experiment.server.examples
 
 
 def _of_model(experiment: Experiment) -> tuple[Section, ...]:

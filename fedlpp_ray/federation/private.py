@@ -70,6 +70,12 @@ class Private:
             self._multiplier = update_multiplier(config.noise_multiplier, self._count)
         self._shares = federation.min_updates if config.noise == "clients" else None
 
+    @property
+    def reach(self) -> float:
+        """Absolute value that a client's noise, and its count, stay within at the first clip."""
+        noise = _SIGMAS * self._share("", self.first_clip)
+        return max(noise, 0.5 + _SIGMAS * self._share(BELOW, 0.0)) if self.adaptive else noise
+
     def protect(self, round: int, client: int, update: State, broadcast: State) -> State:
         """What a client sends for its update: it clipped, and with its share of the noise.
 

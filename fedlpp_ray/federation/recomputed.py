@@ -98,6 +98,10 @@ def check_recomputable(experiment: Experiment) -> None:
     asked = {"client.num_workers": client.num_workers > 1, "client.zero.stage": client.zero.stage}
     if experiment.method != "federated":
         raise UserError(f"method '{experiment.method}' has no updates that a server sees")
+    if (threshold := experiment.secure.threshold) is not None:
+        raise UserError(
+            f"secure.threshold = {threshold}: the server saw the sum of a round's updates alone"
+        )
     for key, several in asked.items():
         if several:
             raise UserError(f"{key}: an update of several ranks is not made again by one process")

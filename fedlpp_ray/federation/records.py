@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fedlpp_ray.messages import Transfer, total_bytes
+from fedlpp_ray.privacy.secure import SecureClient
 from fedlpp_ray.tasks import Metrics
 
 Memory = bytes | None
@@ -40,11 +41,12 @@ class ClientUpdate:
 
     Attributes:
         client: Which client.
-        payload: The encoded update a_i - D.
+        payload: The encoded update a_i - D, or with secure aggregation the masked one.
         loss: Mean training loss, nats.
         seconds: Time the client computed, decoding and encoding included.
         host: Which host it ran on.
         memory: What the client keeps until it takes part again, or None. It does not travel.
+        half: With secure aggregation the client's half, which has masked the update; nor does that.
     """
 
     client: int
@@ -53,6 +55,7 @@ class ClientUpdate:
     seconds: float
     host: int
     memory: Memory = None
+    half: SecureClient | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Fault:
     Attributes:
         kind: `late`: it was not done in time. `dropped`: it never returned, in the simulation.
             `failed`: its actor or node was lost in every attempt. `refused`: its update, or the
-            broadcast at the client, was not what was expected. `abandoned`: too few others came.
+            broadcast at the client, was not what was expected. `abandoned`: too few others came, or
+            secure aggregation gave no sum of those.
         reason: In words.
     """
 
@@ -85,6 +89,7 @@ class ClientReport:
         seconds: Time it computed.
         host: Which host it ran on.
         memory: What it keeps until it takes part again.
+        half: With secure aggregation the client's half, which has masked the update.
         fault: Why its update was not folded, or None.
     """
 
@@ -94,6 +99,7 @@ class ClientReport:
     seconds: float = 0.0
     host: int = 0
     memory: Memory = None
+    half: SecureClient | None = None
     fault: Fault | None = None
 
 
@@ -167,6 +173,7 @@ def report(update: ClientUpdate) -> ClientReport:
         update.seconds,
         update.host,
         update.memory,
+        update.half,
     )
 
 
@@ -200,8 +207,8 @@ class ClientRecord:
 
     Attributes:
         client: Which client.
-        down: Bytes that it downloaded; 0 where it held the broadcast.
-        up: Bytes of the update that it returned.
+        down: Bytes that it downloaded, without the broadcast where it held that.
+        up: Bytes of the update that it returned, and of what else secure aggregation has it send.
         loss: Mean training loss, nats; None where it returned none.
         staleness: Rounds closed between its start and its return; 0 in synchronous rounds.
         fault: Why its update was not folded, or None.

@@ -15,17 +15,21 @@ from fedlpp_ray.aggregation.products import truncate
 from fedlpp_ray.aggregation.rules import next_state
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.adapter import adapter_state
-from fedlpp_ray.federation.aggregator import Aggregator, Opening
+from fedlpp_ray.federation.aggregator import Aggregator
 from fedlpp_ray.federation.average import Average
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.last_sent import LastSent
+from fedlpp_ray.federation.opening import Opening
 from fedlpp_ray.federation.perturbation import Perturbation
 from fedlpp_ray.federation.private import UNCLIPPED, Clipping, private
 from fedlpp_ray.federation.records import Assignment, Final
+from fedlpp_ray.federation.secure import grid_of
+from fedlpp_ray.federation.secure_sum import SecureSum, SecureTotal
 from fedlpp_ray.federation.server_model import ServerModel
 from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.messages import MessageError, encode
 from fedlpp_ray.privacy.dp import CLIP
+from fedlpp_ray.privacy.secure import Session, length_of
 from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import VARIATE, State, part, schema_of, state_digest
 from fedlpp_ray.tasks import Metrics
@@ -63,7 +67,8 @@ class Server:
         self._wire = Wire(experiment, schema_of(self._initial))
         self._state = {name: self._initial[name] for name in sorted(self._wire.kept)}
         self._variates = {n: torch.zeros(shape) for n, shape in self._wire.variates.items()}
-        self._aggregator: Aggregator | None = None
+        self._aggregator: Aggregator | SecureSum | None = None
+        self._secure: SecureSum | None = None
         self._last_sent = LastSent(self._wire)
         self._private = private(experiment)
         self._clip = self._private.first_clip if self._private else math.inf
@@ -182,6 +187,34 @@ class Server:
             clip=self._clip,
         )
 
+    def open_session(self, round: int, clients: Sequence[int]) -> Session | None:
+        """Begin secure aggregation with all who are sampled for a round; None without it.
+
+        Args:
+            round: From 1.
+            clients: Who is sampled, ascending.
+
+        Raises:
+            UserError: the library is missing, or the threshold is out of the range of so many.
+        """
+        config, rank = self._experiment.secure, self._experiment.lora.rank
+        if config.threshold is None:
+            return None
+        length = length_of(self._wire.update(round, rank))
+        session = Session(round, tuple(clients), config.threshold, length, config.bits)
+        grid = grid_of(self._experiment, self._text.examples)
+        self._secure = SecureSum(self._experiment, session, grid)
+        return session
+
+    def exchange(self, round: int, sent: Mapping[int, bytes]) -> dict[int, bytes]:
+        """End a step of secure aggregation (`SecureSum.exchange`).
+
+        Raises:
+            MessageError: the round has no session; or as there.
+            TooFewClientsError: as there.
+        """
+        return self._in_session(round).exchange(sent)
+
     def open_round(
         self, round: int, cohort: Sequence[Assignment], broadcasts: Mapping[int, Broadcast]
     ) -> None:
@@ -190,10 +223,16 @@ class Server:
         The arguments are those of `opening`.
 
         Raises:
-            MessageError: a broadcast is not what its round made.
+            MessageError: a broadcast is not what its round made, or with secure aggregation the
+                round has no session.
             ValueError: as `opening`.
         """
-        self._aggregator = Aggregator(self.opening(round, cohort, broadcasts))
+        opening = self.opening(round, cohort, broadcasts)
+        if self._experiment.secure.threshold is None:
+            self._aggregator = Aggregator(opening)
+        else:
+            self._aggregator = self._in_session(round)
+            self._aggregator.open(opening)
 
     def receive(self, round: int, client: int, payload: bytes) -> None:
         """Add a client's update to the round, in whatever order updates arrive.
@@ -259,12 +298,13 @@ class Server:
 
     def _close(self, round: int) -> str:
         """Forget what was received; returns the digest of the state, which is that of the round."""
-        self._aggregator, self._closed = None, round
+        self._aggregator = self._secure = None
+        self._closed = round
         self._average.add(round, self._state)
         self._last_sent.close()
         return state_digest(self._state)
 
-    def _next_private(self, round: int, total: RoundSum, own: State) -> State:
+    def _next_private(self, round: int, total: RoundSum | SecureTotal, own: State) -> State:
         """The next state from a mean with noise, and with it the next clip."""
         assert self._private is not None
         mean, self._clipping, self._clip = self._private.settle(
@@ -286,10 +326,15 @@ class Server:
         self._clipping = (self._clip, None)
         return self._close(round)
 
-    def _open(self, round: int) -> Aggregator:
+    def _open(self, round: int) -> Aggregator | SecureSum:
         if self._aggregator is None or self._aggregator.round != round:
             raise MessageError(f"round {round} is not open")
         return self._aggregator
+
+    def _in_session(self, round: int) -> SecureSum:
+        if self._secure is None or self._secure.round != round:
+            raise MessageError(f"round {round} has no session of secure aggregation")
+        return self._secure
 
     def _renew_variates(
         self, round: int, clients: Collection[int], mean: Mapping[str, Tensor], received: State

@@ -157,11 +157,19 @@ class Solo:
         """Nothing travels."""
         return {edition(self._experiment, self._text.strongest): b""}
 
+    def open_session(self, round: int, clients: Sequence[int]) -> None:
+        """Nothing is masked."""
+
+    def exchange(self, round: int, sent: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Nothing is masked."""
+        return {}
+
     def train(
         self,
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        *_: object,
     ) -> Iterator[ClientReport]:
         """Train on, whoever is sampled: one report, of a client that sends nothing."""
         start = time.perf_counter()

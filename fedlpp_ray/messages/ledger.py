@@ -15,8 +15,8 @@ class Transfer:
         down: Bytes of the broadcast that it received, 0 where it already had it; in the first round
             that it takes part in, those of the emulator too, where clients have one
             (`emulator.kind`). W0 itself is not counted: clients that have it are taken to have had
-            it before.
-        up: Bytes of the update that it returned.
+            it before. With secure aggregation, also what the server sends of its protocol.
+        up: Bytes of the update that it returned; with secure aggregation, of all four steps.
     """
 
     client: int

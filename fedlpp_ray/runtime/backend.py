@@ -26,7 +26,9 @@ from fedlpp_ray.federation.records import (
     Pending,
     RoundRecord,
 )
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.federation.wire import Broadcast, edition
+from fedlpp_ray.privacy.secure import Session
 from fedlpp_ray.runtime.cohort import CohortTraining
 from fedlpp_ray.runtime.jobs import Answer, Job, Pace
 from fedlpp_ray.runtime.party import CLIENT_HOST, SERVER
@@ -177,11 +179,20 @@ class RayBackend:
         ask = self.server.ask
         return ask("encode_broadcast", round, clients, beside)  # type: ignore[no-any-return]
 
+    def open_session(self, round: int, clients: Sequence[int]) -> Session | None:
+        """Begin secure aggregation with all who are sampled for a round; None without it."""
+        return self.server.ask("open_session", round, clients)  # type: ignore[no-any-return]
+
+    def exchange(self, round: int, sent: Mapping[int, bytes]) -> Mapping[int, bytes]:
+        """Take to the server what clients send in a step of secure aggregation, which that ends."""
+        return self.server.ask("exchange", round, sent)  # type: ignore[no-any-return]
+
     def train(
         self,
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        maskings: Mapping[int, Masking] | None = None,
     ) -> Iterator[ClientReport]:
         """Begin to train the cohort, the longest first; reports come as clients finish."""
         references = {made: self._stored(made, each) for made, each in broadcasts.items()}
@@ -193,13 +204,14 @@ class RayBackend:
         for each in sorted(cohort, key=lambda each: -self._pace.expected(each.client)):
             made = self._experiment.downlink.made_in(each.started)
             message = self._for_client(each.client, made, broadcasts[made])
-            training.begin(each, message, cohort[each])
+            training.begin(each, message, cohort[each], (maskings or {}).get(each.client))
         return training.reports(opened, self._deadline())
 
     def _sums(self, round: int, cohort: list[Assignment], broadcasts: Mapping[int, Any]) -> Sums:
-        """The server adds up, or on many nodes each of them."""
+        """The server adds up, or on many nodes each of them; masked updates the server alone."""
         nodes = {slot.place.node for slot in self.pool.working if slot.place}
-        if len(nodes) < self._experiment.runtime.partial_sums_from:
+        secure = self._experiment.secure.threshold is not None
+        if secure or len(nodes) < self._experiment.runtime.partial_sums_from:
             return AtServer(self.server, round)
         self._on_nodes.open(round, self.server.send("opening", round, cohort, broadcasts))
         return self._on_nodes

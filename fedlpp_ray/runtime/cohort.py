@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from fedlpp_ray.federation.records import Assignment, ClientReport, Fault, Memory, refused
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.runtime.jobs import Job, Pace, Refs
 from fedlpp_ray.runtime.pool import Pool, in_words, is_loss
@@ -49,13 +50,19 @@ class CohortTraining:
         self._closed = ""
         self._nodes: dict[int, str] = {}  # where clients have trained
 
-    def begin(self, each: Assignment, message: Any, memory: Memory) -> None:
-        """Have a client train from a broadcast, given as a reference or as it is."""
+    def begin(
+        self, each: Assignment, message: Any, memory: Memory, masking: Masking | None = None
+    ) -> None:
+        """Have a client train from a broadcast, given as a reference or as it is.
+
+        Begun again it masks with the same half, of which an actor uses a copy.
+        """
         client = each.client
 
         def send(actor: Any) -> Refs:
             call = actor.train.options(num_returns=2)
-            return call.remote(each.started, client, message, memory)  # type: ignore[no-any-return]
+            arguments = each.started, client, message, memory, masking
+            return call.remote(*arguments)  # type: ignore[no-any-return]
 
         def done(result: Any, payload: Refs) -> None:
             self._returned(job, client, result, payload)

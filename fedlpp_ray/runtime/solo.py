@@ -34,6 +34,8 @@ class SoloActor:
         self.examples = partial(self._server.constant, "examples")
         self.download = partial(self._server.constant, "download")
         self.encode_broadcast = partial(ask, "encode_broadcast")
+        self.open_session = partial(ask, "open_session")
+        self.exchange = partial(ask, "exchange")
         self.aggregate = partial(ask, "aggregate")
         self.discard = partial(ask, "discard")
         self.finish = partial(ask, "finish")
@@ -47,6 +49,7 @@ class SoloActor:
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        *_: object,
     ) -> Iterator[ClientReport]:
         """Train on when the report is asked for: until then the state is that of the last round."""
         yield from self._server.ask("train", round, {}, {})

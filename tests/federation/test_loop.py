@@ -28,6 +28,7 @@ from fedlpp_ray.federation.in_process import InProcess, in_process
 from fedlpp_ray.federation.records import Measured, Memory
 from fedlpp_ray.federation.results import result, run_protection, to_json
 from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.wire import Broadcast, downlink_codec
 from fedlpp_ray.messages import Envelope, decode
@@ -56,9 +57,10 @@ class Recording(InProcess):
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        maskings: Mapping[int, Masking] | None = None,
     ) -> Iterator[ClientReport]:
         self.sent[round] = broadcasts[self._made_in(round)]
-        return super().train(round, cohort, broadcasts)
+        return super().train(round, cohort, broadcasts, maskings)
 
 
 def run(experiment: Experiment) -> list[RoundRecord]:

@@ -37,6 +37,7 @@ from fedlpp_ray.federation.recovery import LOSSES, finished_rounds
 from fedlpp_ray.federation.results import result, to_json
 from fedlpp_ray.federation.sampling import sample_cohort
 from fedlpp_ray.federation.schedule import Schedule
+from fedlpp_ray.federation.secure import Masking
 from fedlpp_ray.federation.server import Server
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.lora import trainable
@@ -372,8 +373,9 @@ class Fragile:
         round: int,
         cohort: Mapping[Assignment, Memory],
         broadcasts: Mapping[int, Broadcast],
+        maskings: Mapping[int, Masking] | None = None,
     ) -> Iterator[ClientReport]:
-        reports = self._call("train").train(round, cohort, broadcasts)
+        reports = self._call("train").train(round, cohort, broadcasts, maskings)
 
         def checked() -> Iterator[ClientReport]:
             for report in reports:

@@ -62,7 +62,7 @@ def test_a_weighted_sum_is_off_by_half_a_unit_per_client(
     states = [state_of(row) for row in rows]
     vectors = [grid.encode(s, w) for s, w in zip(states, weights, strict=False)]
     found, weight = grid.decode(total_of(grid, vectors), schema_of(states[0]))
-    mean = grid.mean(total_of(grid, vectors), schema_of(states[0]))
+    mean = grid.mean(total_of(grid, vectors), schema_of(states[0]), len(vectors))
     assert weight == sum(weights[: len(rows)])
     flat = [*found["b"].tolist(), *found["a"][0].tolist()]
     means = [*mean["b"].tolist(), *mean["a"][0].tolist()]
@@ -102,7 +102,7 @@ def test_the_secure_weighted_mean_is_numpys() -> None:
     outcome = run(session, dict(enumerate(encoded)), {1: "masked", 4: "unmask"}, seeded(1))
     kept = [0, 2, 3, 4]
     expected = np.average(values[kept].astype(np.float64), axis=0, weights=weights[kept])
-    found = grid.mean(outcome.total, schema)["w"].numpy().reshape(-1)
+    found = grid.mean(outcome.total, schema, len(outcome.survivors))["w"].numpy().reshape(-1)
     assert np.abs(found - expected).max() <= grid.unit / 2 + 1e-15
     assert grid.decode(outcome.total, schema)[1] == weights[kept].sum()
 

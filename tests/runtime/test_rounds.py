@@ -55,6 +55,7 @@ PRIVATE = {
     "dp.count_noise": 1.0,
     "server.weighting": "uniform",
 }
+SECURE = {"secure.threshold": 3, "federation.min_updates": 3, "simulation.dropout": 0.15, "seed": 4}
 FINISHED = {
     "server.final_average": 2,
     "server.final_tune_steps": 2,
@@ -72,6 +73,7 @@ KINDS: dict[str, dict[str, object]] = {
     "emulator": EMULATED,
     "robust": ROBUST,
     "differential privacy": PRIVATE,
+    "secure aggregation": SECURE,
     "final model": FINISHED,
 }
 

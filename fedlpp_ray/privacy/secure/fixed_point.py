@@ -100,9 +100,23 @@ class Grid:
         state = {n: part.reshape(schema[n]) for n, part in zip(sizes, parts, strict=True)}
         return state, int(signed[-1])
 
-    def mean(self, total: Vector, schema: Schema) -> State:
-        """The weighted mean, float64, of what `decode` takes."""
+    def mean(self, total: Vector, schema: Schema, count: int) -> State:
+        """The weighted mean, float64, of what `decode` takes.
+
+        Args:
+            total: As of `decode`.
+            schema: As of `decode`.
+            count: Of how many vectors it is the sum.
+
+        Raises:
+            MessageError: so many weights cannot come to the total's.
+        """
         state, weight = self.decode(total, schema)
+        if not count <= weight <= count * self.max_weight:
+            raise MessageError(
+                f"the weights of {count} clients come to {weight}; from {count} to "
+                f"{count * self.max_weight} is allowed"
+            )
         return {name: tensor / weight for name, tensor in state.items()}
 
     def _integers(self, name: str, tensor: torch.Tensor, weight: int) -> np.ndarray:
