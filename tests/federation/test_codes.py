@@ -105,7 +105,7 @@ def test_codes_change_less_and_scales_stay(tiny_experiment: Experiment) -> None:
 
 
 def test_draws_of_the_run_are_the_same_in_every_round(tiny_experiment: Experiment) -> None:
-    sizes = set()
+    sizes: dict[str, set[int]] = {"int": set(), "nf": set()}
     cases = {"run": True, "round": False, "subtractive-run": True, "subtractive-round": False}
     for dither, same in cases.items():
         kind = "int" if dither.startswith("sub") else "nf"
@@ -115,9 +115,10 @@ def test_draws_of_the_run_are_the_same_in_every_round(tiny_experiment: Experimen
             backend.encode_broadcast(made)
         one, two = (torch.cat([t.codes() for t in backend.codes(m).values()]) for m in (1, 2))
         assert torch.equal(one, two) is same
-        sizes.add(tensor_bytes(backend.sent[1][4]))
-    plain = InProcess(tiny_experiment.with_values({"downlink.bits": 2}))
-    assert sizes == {tensor_bytes(plain.encode_broadcast(1)[4])}
+        sizes[kind].add(tensor_bytes(backend.sent[1][4]))
+    for kind, found in sizes.items():
+        plain = InProcess(tiny_experiment.with_values({"downlink.bits": 2, "downlink.kind": kind}))
+        assert found == {tensor_bytes(plain.encode_broadcast(1)[4])}
 
 
 def test_what_clients_subtract_costs_a_key_and_is_the_dither_on_the_wire(
