@@ -42,7 +42,8 @@ class Watched(InProcess):
 
     def codes(self, round: int, edition: int = 4) -> dict[str, QuantizedTensor]:
         wire: Wire = self._server._wire
-        return quantized(self.sent[round][edition], wire.broadcast(edition), wire.downlink)
+        schema = wire.broadcast(wire.rank(edition))
+        return quantized(self.sent[round][edition], schema, wire.downlink)
 
 
 def watched(experiment: Experiment) -> tuple[Watched, Federation]:
@@ -125,7 +126,7 @@ def test_what_clients_subtract_costs_a_key_and_is_the_dither_on_the_wire(
     tiny_experiment: Experiment,
 ) -> None:
     """Each client's 32 bytes come with the first broadcast that it receives."""
-    base = BASE | {"downlink.kind": "int", "federation.rounds": 3, "federation.cohort": 3}
+    base = BASE | {"downlink.kind": "int", "federation.rounds": 3}
     plain, secret = (
         tiny_experiment.with_values(base | {"downlink.dither": dither})
         for dither in ("round", "subtractive-round")
