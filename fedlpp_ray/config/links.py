@@ -41,9 +41,11 @@ class DownlinkConfig(Section):
     hold_scales: bool = False
     """A block's scale stays while its largest magnitude is within a factor sqrt 2 of it. Meanwhile
     larger values are sent as the outermost levels."""
-    dither: Literal["none", "round", "run"] = "none"
+    dither: Literal["none", "round", "run", "subtractive-round", "subtractive-run"] = "none"
     """Where in the gap between two levels rounding changes over is drawn for each weight, by the
-    server alone: anew for each message, or once for the run. `round` is stochastic rounding."""
+    server alone: anew for each message, or once for the run. `round` is stochastic rounding.
+    `subtractive-`: from a seed that clients have too, and others not, so that they subtract what
+    was added before rounding. For levels at equal distances (`kind` int, `bits` ternary)."""
     magnitude: Magnitude = "absmax"
     """What the scales that are sent keep of a block: its largest magnitude, or its L2 norm, which
     rounding to few bits enlarges otherwise."""
@@ -78,6 +80,16 @@ class DownlinkConfig(Section):
                 f"downlink.every=1, or do without {self.individual}"
             )
         return self
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether clients have the seed of the dither and subtract it."""
+        return self.dither.startswith("subtractive")
+
+    @property
+    def lasting_dither(self) -> bool:
+        """Whether it is drawn once for the run."""
+        return self.dither in ("run", "subtractive-run")
 
     @property
     def individual(self) -> str:

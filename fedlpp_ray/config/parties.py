@@ -114,6 +114,9 @@ class FederationConfig(Section):
     sampling: Literal["uniform", "examples"] = "uniform"
     """`examples`: a client's chance grows with its number of examples. server.weighting 'uniform'
     goes with it; 'examples' would count them twice."""
+    max_participations: Positive | None = None
+    """A client that was sampled for so many rounds is not sampled again, whether its updates came
+    in time or not: it has received as many broadcasts. None: no limit."""
     rounds: Positive = 10
     local_steps: Positive | None = None
     """Optimizer steps a sampled client makes each round. None: 10, unless `local_epochs` is
@@ -192,6 +195,28 @@ class FederationConfig(Section):
         if self.min_updates > most:
             raise ValueError(
                 f"federation.min_updates = {self.min_updates} is more than {name} of {most}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clients_are_enough(self) -> Self:
+        cap, size = self.max_participations, self.sample_size
+        if cap is None:
+            return self
+        if self.mode == "fedbuff":
+            raise ValueError(
+                f"federation.max_participations = {cap}: federation.mode 'fedbuff' samples no "
+                "cohorts, a client starts whenever one is done; allowed: null"
+            )
+        spent = (self.rounds - 1) * size // cap if cap < self.rounds else 0
+        if spent > self.clients - size:
+            # Whoever is drawn, so many are left for the last round.
+            least = min(self.rounds, (self.rounds - 1) * size // (self.clients - size + 1) + 1)
+            raise ValueError(
+                f"federation.max_participations = {cap} is too few for federation.rounds = "
+                f"{self.rounds} of {size} sampled clients: after {self.rounds - 1} rounds up to "
+                f"{min(spent, self.clients)} of federation.clients = {self.clients} have taken "
+                f"part so often; allowed here: {least} and more"
             )
         return self
 

@@ -7,6 +7,11 @@ from fedlpp_ray.config import FULL_PRECISION, DownlinkConfig
 
 def refusals(config: DownlinkConfig) -> dict[str, dict[str, bool]]:
     """By defence that is on, why it cannot be, and whether that holds."""
+    uniform = config.kind == "int" or config.bits == "ternary"
+    subtracted = {
+        f"downlink.dither '{config.dither}' leaves an error that does not depend on the weights, "
+        "and so it would; allowed: none, run, round": config.subtracts
+    }
     drawn = config.rounding == "stochastic" or config.dither != "none"
     whole = {"downlink.bits 32 has no codes": config.bits == FULL_PRECISION}
     turned = {
@@ -24,6 +29,7 @@ def refusals(config: DownlinkConfig) -> dict[str, dict[str, bool]]:
                 f"downlink.hysteresis = {config.hysteresis:g}",
                 config.hysteresis > 0,
                 turned
+                | subtracted
                 | {
                     "downlink.rounding 'stochastic' moves the end of a cell in every round, and "
                     "only one that stays can have a margin; allowed: nearest": (
@@ -37,6 +43,7 @@ def refusals(config: DownlinkConfig) -> dict[str, dict[str, bool]]:
                 "downlink.hold_scales",
                 config.hold_scales,
                 turned
+                | subtracted
                 | {
                     "downlink.scale 'double' stores a scale relative to those of 255 other blocks, "
                     "so that none stays when one changes; allowed: fp32, fp16": (
@@ -52,8 +59,12 @@ def refusals(config: DownlinkConfig) -> dict[str, dict[str, bool]]:
                 {
                     "downlink.rounding 'stochastic' is a dither of its own, drawn in every round; "
                     "allowed: nearest": config.rounding == "stochastic",
+                    f"downlink.kind '{config.kind}' has levels at unequal distances, and what is "
+                    "subtracted is uniform over one; allowed: int, or downlink.bits ternary": (
+                        config.subtracts and not uniform
+                    ),
                 }
-                | (turned if config.dither == "run" else {}),
+                | (turned if config.lasting_dither else {}),
             ),
             (
                 "downlink.magnitude 'norm'",

@@ -230,6 +230,9 @@ def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
         "uniform sample; allowed: synchronous": federation.mode != "synchronous",
         f"federation.sampling '{federation.sampling}' is by the clients' data, and epsilon is "
         "accounted for a uniform sample; allowed: uniform": federation.sampling != "uniform",
+        f"federation.max_participations = {federation.max_participations} leaves out who was "
+        "sampled often, and epsilon is accounted for a uniform sample in every round; allowed: "
+        "null": federation.max_participations is not None,
         "federation.local_epochs lets the clients' numbers of examples decide who is in time for "
         "federation.over_selection and federation.deadline; set federation.local_steps": (
             federation.local_epochs is not None

@@ -67,8 +67,11 @@ class Reader:
         cells = {}
         if codec.quantizer and rank == lora.rank and not noisy:
             last = quantized(before, schema, codec) if before else {}
+            draws = self._wire.dither(made, key) or {}
             cells = {
-                name: codec.guard.cells(tensor, last.get(name), first=made == 1)
+                name: codec.guard.cells(
+                    tensor, last.get(name), first=made == 1, draws=draws.get(name)
+                )
                 for name, tensor in quantized(payload, schema, codec).items()
                 if name in held and tensor.shape == tuple(held[name].shape)
             }

@@ -12,11 +12,11 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import SMALLEST_DISCOUNT, Assignment, Fault
-from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.sampling import Cohorts
 from fedlpp_ray.seeds import derive
 
 Absence = tuple[Assignment, Fault]
@@ -56,22 +56,20 @@ class Schedule:
 
     def __init__(self, experiment: Experiment, examples: Sequence[int]) -> None:
         self._experiment, self._examples = experiment, examples
+        federation, plain = experiment.federation, experiment.method != "federated"
+        count = federation.cohort_size if plain else federation.sample_size
+        self._cohorts = Cohorts(federation, experiment.seed, examples, count)
 
     def plans(self, after: int = 0) -> Iterator[RoundPlan]:
         """The rounds that follow round `after`."""
-        plans: Iterator[RoundPlan]
-        if self._experiment.method != "federated":
-            plans = map(self._plain, count(after + 1))
-        elif self._experiment.federation.mode == "fedbuff":
-            plans = self._buffered()
-        else:
-            plans = map(self._synchronous, count(after + 1))
         rounds = self._experiment.federation.rounds
-        for plan in plans:
-            if plan.round > rounds:
-                return
-            if plan.round > after:  # a buffered round follows from all before it
-                yield plan
+        if self._experiment.method != "federated":
+            yield from map(self._plain, range(after + 1, rounds + 1))
+        elif self._experiment.federation.mode == "fedbuff":
+            # A buffered round follows from all before it.
+            yield from islice(self._buffered(), after, rounds)
+        else:
+            yield from map(self._synchronous, range(after + 1, rounds + 1))
 
     def duration(self, client: int) -> float:
         """Simulated seconds of one client's training."""
@@ -82,14 +80,12 @@ class Schedule:
 
     def _plain(self, round: int) -> RoundPlan:
         """The cohort is who is sampled."""
-        config, seed = self._experiment.federation, self._experiment.seed
-        cohort = sample_cohort(config, seed, round, self._examples)
-        return RoundPlan(round, tuple(Assignment(c, round) for c in cohort), (), 0.0, round + 1)
+        cohort = tuple(Assignment(client, round) for client in self._cohorts.of(round))
+        return RoundPlan(round, cohort, (), 0.0, round + 1)
 
     def _synchronous(self, round: int) -> RoundPlan:
         """The cohort is who of the sampled clients is done first, and before the deadline."""
-        experiment, config = self._experiment, self._experiment.federation
-        sampled = sample_cohort(config, experiment.seed, round, self._examples, config.sample_size)
+        config, sampled = self._experiment.federation, self._cohorts.of(round)
         faults = {c: DROPPED for c in sampled if self._drops(round, c)}
         alive = sorted((self.duration(c), c) for c in sampled if c not in faults)
         deadline = math.inf if config.deadline is None else config.deadline

@@ -27,7 +27,7 @@ from fedlpp_ray.federation.secure import grid_of
 from fedlpp_ray.federation.secure_sum import SecureSum, SecureTotal
 from fedlpp_ray.federation.server_model import ServerModel
 from fedlpp_ray.federation.wire import Broadcast, Wire
-from fedlpp_ray.messages import MessageError, encode
+from fedlpp_ray.messages import KEY_BYTES, MessageError, encode
 from fedlpp_ray.privacy.dp import CLIP
 from fedlpp_ray.privacy.secure import Session, length_of
 from fedlpp_ray.seeds import generator
@@ -103,8 +103,8 @@ class Server:
         return self._emulator
 
     def download(self) -> int:
-        """Bytes of the emulator; 0 without one."""
-        return len(self._emulator or b"")
+        """Bytes that a client receives once: of the emulator and the dither's key, if any."""
+        return len(self._emulator or b"") + KEY_BYTES * self._wire.downlink.guard.subtracted
 
     def base_identity(self) -> tuple[Mapping[str, object], int] | None:
         """What tells the base that clients receive from all others, and the number of its parts.
@@ -139,9 +139,7 @@ class Server:
         }
 
     def _encode(self, round: int, edition: int, state: State) -> bytes:
-        own, rank = edition == self._experiment.lora.rank, self._wire.rank(edition)
-        draw = ("dither",) if self._experiment.downlink.dither == "run" else ("broadcast", round)
-        random = generator(self._experiment.seed, *draw, *(() if own else (edition,)))
+        rank, random = self._wire.rank(edition), self._wire.draws(round, edition)
         held = state | {f"{VARIATE}{name}": c for name, c in self._variates.items()}
         held[CLIP] = torch.tensor([self._clip])
         schema = self._wire.broadcast(rank)

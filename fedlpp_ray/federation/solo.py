@@ -35,7 +35,7 @@ from fedlpp_ray.federation.records import (
     Memory,
     Pending,
 )
-from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.sampling import Cohorts
 from fedlpp_ray.federation.wire import Broadcast, edition
 from fedlpp_ray.lora import ModelState, add_adapter, store_in_bf16
 from fedlpp_ray.models import BaseParts, shard
@@ -86,6 +86,8 @@ class Solo:
         self._state, self._files = ModelState(self._model), AdapterFiles(self._model)
         if experiment.client.compute == "bf16":
             store_in_bf16(self._model)
+        seed, examples = experiment.seed, self._text.examples
+        self._cohorts = Cohorts(experiment.federation, seed, examples)
         strongest, rounds = self._text.strongest, range(1, experiment.federation.rounds + 1)
         # The floor of a federation is trained with the same seed.
         purpose = ("centralised",) if self._pooled else ("local", 0, strongest)
@@ -140,8 +142,7 @@ class Solo:
         """Steps of a round."""
         if not self._pooled:
             return self._text.steps(self._text.strongest)
-        config, seed = self._experiment.federation, self._experiment.seed
-        return sum(map(self._text.steps, sample_cohort(config, seed, round, self._text.examples)))
+        return sum(map(self._text.steps, self._cohorts.of(round)))
 
     def examples(self) -> Sequence[int]:
         """Number of training examples of each client."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Generator
 
 from fedlpp_ray.aggregation import Method, find_method, robustly
 from fedlpp_ray.aggregation.products import rotate
@@ -17,7 +18,7 @@ from fedlpp_ray.config import (
     UplinkConfig,
 )
 from fedlpp_ray.federation.masks import Masks, fill
-from fedlpp_ray.messages import Codec, Envelope, decode
+from fedlpp_ray.messages import Codec, Envelope, decode, dither
 from fedlpp_ray.privacy.dp import BELOW, CLIP
 from fedlpp_ray.quantization import Guard, Quantizer
 from fedlpp_ray.seeds import generator
@@ -49,7 +50,13 @@ def downlink_codec(config: DownlinkConfig, schema: Schema) -> Codec:
     if config.factors != "both":
         whole.add("B" if config.factors == "A" else "A")
     full_precision = frozenset(name for name in schema if part(name) in whole or name == CLIP)
-    guard = Guard(config.hysteresis, config.hold_scales, config.dither != "none", config.magnitude)
+    guard = Guard(
+        config.hysteresis,
+        config.hold_scales,
+        dithered=config.dither != "none",
+        magnitude=config.magnitude,
+        subtracted=config.subtracts,
+    )
     return Codec(quantizer, full_precision, flags=flags, guard=guard)
 
 
@@ -139,8 +146,24 @@ class Wire:
             MessageError: as `decode`.
         """
         schema, expected = self.broadcast(self.rank(edition)), self.envelope(round, edition)
-        state = decode(payload, expected, schema, self.downlink, max_norm=max_norm)
+        draws = self.dither(round, edition)
+        state = decode(payload, expected, schema, self.downlink, max_norm=max_norm, draws=draws)
         return fill(state, state)
+
+    def draws(self, round: int, edition: int) -> Generator:
+        """What rounding draws from in the broadcast in force in a round.
+
+        Where readers subtract the dither it stands for the key that they share with the server.
+        """
+        down, own = self._experiment.downlink, edition == self._experiment.lora.rank
+        purpose = ("dither",) if down.lasting_dither else ("broadcast", down.made_in(round))
+        return generator(self._experiment.seed, *purpose, *(() if own else (edition,)))
+
+    def dither(self, round: int, edition: int) -> State | None:
+        """Of the broadcast in force in a round what its readers subtract, by tensor, (n,)."""
+        if not self.downlink.guard.subtracted:
+            return None
+        return dither(self.broadcast(self.rank(edition)), self.downlink, self.draws(round, edition))
 
     def update(self, round: int, rank: int) -> Schema:
         """Names and shapes of what a client of a rank returns in a round."""

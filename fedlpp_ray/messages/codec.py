@@ -12,6 +12,7 @@ pickle is involved.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from fedlpp_ray.quantization import (
     Guard,
     QuantizedTensor,
     Quantizer,
+    draw,
     pack,
     packed_bytes,
     unpack,
@@ -63,7 +65,8 @@ class Codec:
         full_precision: Names of tensors that are sent whole all the same.
         dtype: Of what is sent whole: fp32 or bf16, rounded to nearest.
         flags: Names of tensors of zeros and ones.
-        guard: How the sender chooses codes and scales; the receiver need not know it.
+        guard: How the sender chooses codes and scales; the receiver need not know it, unless it
+            subtracts a dither.
     """
 
     quantizer: Quantizer | None
@@ -134,7 +137,9 @@ def decode(
     expected: Envelope,
     schema: Schema,
     codec: Codec,
+    *,
     max_norm: float = float("inf"),
+    draws: State | None = None,
 ) -> State:
     """The state that a message carries: exactly what dequantizing at the sender would give.
 
@@ -144,6 +149,7 @@ def decode(
         schema: Names and shapes that the receiver's model has.
         codec: How the receiver has agreed that they travel.
         max_norm: Largest L2 norm of the whole state, flags aside.
+        draws: `dither` of the sender's seed, for a guard that is subtracted.
 
     Raises:
         MessageError: size, header, names, shapes, dtypes or values are not as expected, or the
@@ -153,7 +159,10 @@ def decode(
     header = read_header(payload, parts)
     check_header(header, json.loads(_header(expected, schema, codec)))
     tensors = load(payload, parts)
-    state = {name: _restore(name, schema[name], codec, tensors) for name in schema}
+    state = {
+        name: _restore(name, schema[name], codec, tensors, (draws or {}).get(name))
+        for name in schema
+    }
     for name, tensor in state.items():
         check_finite(name, tensor)
     check_norm({n: t for n, t in state.items() if n not in codec.flags}, max_norm)
@@ -173,6 +182,15 @@ def quantized(payload: bytes, schema: Schema, codec: Codec) -> dict[str, Quantiz
         name: _stored(name, shape, quantizer, tensors)
         for name, shape in schema.items()
         if name not in codec.flags and (quantizer := codec.of(name))
+    }
+
+
+def dither(schema: Schema, codec: Codec, generator: torch.Generator) -> State:
+    """What `encode` draws from a generator of the same seed where it dithers, by tensor, (n,)."""
+    return {
+        name: draw(math.prod(shape), generator)
+        for name, shape in sorted(schema.items())
+        if name not in codec.flags and codec.of(name)
     }
 
 
@@ -215,13 +233,19 @@ def _expected_parts(schema: Schema, codec: Codec) -> Parts:
     return parts
 
 
-def _restore(name: str, shape: tuple[int, ...], codec: Codec, tensors: Mapping[str, Any]) -> Tensor:
+def _restore(
+    name: str,
+    shape: tuple[int, ...],
+    codec: Codec,
+    tensors: Mapping[str, Any],
+    draws: Tensor | None,
+) -> Tensor:
     if name in codec.flags:
         return unpack(tensors[name], levels=2, numel=shape[0]).float()
     quantizer = codec.of(name)
     if quantizer is None:
         return tensors[name].float()  # type: ignore[no-any-return]
-    return _stored(name, shape, quantizer, tensors).dequantize()
+    return codec.guard.dequantize(_stored(name, shape, quantizer, tensors), draws)
 
 
 def _stored(

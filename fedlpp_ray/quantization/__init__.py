@@ -9,7 +9,7 @@ Every result is the same whatever the number of threads. This package needs torc
 
 from fedlpp_ray.quantization.blockwise import QuantizedTensor, Quantizer, Rounding
 from fedlpp_ray.quantization.codebooks import Bits, Kind, codebook
-from fedlpp_ray.quantization.guard import UNGUARDED, Guard, Magnitude
+from fedlpp_ray.quantization.guard import UNGUARDED, Guard, Magnitude, draw
 from fedlpp_ray.quantization.packing import pack, packed_bytes, unpack
 from fedlpp_ray.quantization.scales import Scale
 
@@ -24,6 +24,7 @@ __all__ = [
     "Rounding",
     "Scale",
     "codebook",
+    "draw",
     "pack",
     "packed_bytes",
     "unpack",

@@ -1,7 +1,8 @@
 """What a sender may do so that its codes and scales say less, without the receiver's knowing.
 
-What is sent is decoded as ever, scale times level, and takes as many bytes. docs/defences.md has
-the derivations. Here c = max|block| and s = w / c is a weight of the block.
+What is sent is decoded as ever, scale times level, and takes as many bytes; only a dither that is
+subtracted needs a receiver that has the draws. docs/defences.md has the derivations. Here
+c = max|block| and s = w / c is a weight of the block.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Guard:
         hold_scales: a block's scale stays while its c is within a factor `ROOM` of it. Meanwhile
             larger values are sent as the outermost levels.
         dithered: the boundary in each gap is at a random part of it, drawn for each weight.
+        subtracted: the receiver has the draws, and takes off what a dither adds. Levels are at
+            equal distances; with neither margin, held scales nor norm.
         magnitude: ``"absmax"``: the scale is c; ``"norm"``: the scale that gives the block that is
             sent the L2 norm of the block, while the codes are chosen against c.
     """
@@ -42,6 +45,7 @@ class Guard:
     hold_scales: bool = False
     dithered: bool = False
     magnitude: Magnitude = "absmax"
+    subtracted: bool = False
 
     @property
     def remembers(self) -> bool:
@@ -83,27 +87,53 @@ class Guard:
             stored = form.encode(_norm_scales(quantizer, weights, codes, absmax))
         return quantizer.packed(tensor, codes, stored)
 
+    def dequantize(self, sent: QuantizedTensor, draws: Tensor | None = None) -> Tensor:
+        """What a receiver reads, float32, of the original shape.
+
+        Subtracted: with boundaries at the part v of each gap, the code is that of the level nearest
+        to s + (1/2 - v) step, and c (level - (1/2 - v) step) is read. The error is uniform over one
+        step of c and independent of s (Schuchman 1964). No value is beyond the outermost levels by
+        more than half a step, so there is no overload.
+
+        Args:
+            sent: the message.
+            draws: v, as `draw` has them; needed where they are subtracted.
+        """
+        if not self.subtracted:
+            return sent.dequantize(torch.float32)
+        levels = sent.quantizer.levels(sent.parts["codes"].device)
+        assert draws is not None
+        s = levels.look_up(sent.codes()) + (draws - 0.5) * levels.step
+        return _flat(_rows(s, sent) * sent.scales()[:, None], sent)
+
     def cells(
-        self, sent: QuantizedTensor, before: QuantizedTensor | None = None, *, first: bool = False
+        self,
+        sent: QuantizedTensor,
+        before: QuantizedTensor | None = None,
+        *,
+        first: bool = False,
+        draws: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What one who knows the guard, and not the draws, concludes from a message.
+        """What one who knows the guard concludes from a message; not the draws but of `subtracted`.
 
         Hysteresis widens a cell by the margin. A code that has just changed is in its cell without
         the margin, and outside of the old one with it. Unknown boundaries widen a cell to the
         neighbouring levels, and held scales the outermost ones by the room. Of a scale that
         preserves the norm, c is bounded by the codes: with N = ||block||, N^2 <= c^2 sum max s^2,
-        and N^2 >= c^2 (1 + sum min s^2) over all weights but the largest.
+        and N^2 >= c^2 (1 + sum min s^2) over all weights but the largest. Who has the draws knows
+        the boundaries: the cell is one step of c around what is read.
 
         Args:
             sent: the message.
             before: the one before it from the same sender; None: not known.
             first: there was none before it.
+            draws: as for `dequantize`.
 
         Returns:
             The lowest and highest value of each weight, float32, of the original shape: the
             sender's are inside, whatever the storage of scales.
         """
-        low, high = self._normalised(sent, before, first)
+        low, high = self._normalised(sent, before, first, draws)
         if self.hold_scales and not first:
             held = sent.scales() > 0 if before is None else sent.scales() == before.scales()
             low = torch.where(held[:, None] & (low <= -1), -ROOM, low)
@@ -147,10 +177,20 @@ class Guard:
         return choose
 
     def _normalised(
-        self, sent: QuantizedTensor, before: QuantizedTensor | None, first: bool
+        self,
+        sent: QuantizedTensor,
+        before: QuantizedTensor | None,
+        first: bool,
+        draws: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The cells of s, ``(blocks, block)``, with zeros where the last block is short."""
         levels = sent.quantizer.levels(sent.parts["codes"].device)
+        if self.subtracted:
+            assert draws is not None
+            level, step = levels.look_up(sent.codes()), levels.step
+            cell = level + (draws - 1) * step, level + draws * step
+            low, high = (_rows(end.clamp(-1, 1), sent) for end in cell)
+            return low, high
         reach, half = 1.0 if self._draws(sent.quantizer) else 0.5, self.hysteresis / 2
         codes = _rows(sent.codes().long(), sent)
         plain, wide = levels.cells(reach), levels.cells(reach + half)
@@ -192,6 +232,11 @@ class Guard:
 
 UNGUARDED = Guard()
 """As the quantizer says."""
+
+
+def draw(numel: int, generator: torch.Generator) -> Tensor:
+    """What `Guard.quantize` draws for a tensor from a CPU generator, float32 ``(numel,)``."""
+    return torch.rand(numel, generator=generator)
 
 
 def _norm_scales(quantizer: Quantizer, weights: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ class Levels:
         return cls(values.to(device), midpoints.to(device), grid, pairs.to(device))
 
     @property
+    def step(self) -> float:
+        """The mean distance of two levels; of a uniform codebook that of any two neighbours."""
+        ends = self.values[-1] - self.values[0]
+        return float(ends) / (self.values.numel() - 1)
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The narrowest integer type that holds every code."""
         return torch.uint8 if self.values.numel() <= 256 else torch.int16

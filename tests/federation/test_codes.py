@@ -14,12 +14,13 @@ from fedlpp_ray.federation import Federation, preflight
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.ladder import Ladder
 from fedlpp_ray.federation.wire import Broadcast, Wire
-from fedlpp_ray.messages import quantized
+from fedlpp_ray.messages import KEY_BYTES, quantized
 from fedlpp_ray.quantization import QuantizedTensor
 from fedlpp_ray.state import State
 from tests.federation.test_loop import interrupted, numbers, run, tensor_bytes
 
 STICKY = {"downlink.bits": 2, "downlink.hysteresis": 0.5, "downlink.hold_scales": True}
+SECRET = {"downlink.dither": "subtractive-run", "downlink.kind": "int"}
 BASE = {"downlink.bits": 2, "downlink.block": 16, "federation.local_steps": 2}
 
 
@@ -41,7 +42,8 @@ class Watched(InProcess):
 
     def codes(self, round: int, edition: int = 4) -> dict[str, QuantizedTensor]:
         wire: Wire = self._server._wire
-        return quantized(self.sent[round][edition], wire.broadcast(edition), wire.downlink)
+        schema = wire.broadcast(wire.rank(edition))
+        return quantized(self.sent[round][edition], schema, wire.downlink)
 
 
 def watched(experiment: Experiment) -> tuple[Watched, Federation]:
@@ -60,6 +62,8 @@ def watched(experiment: Experiment) -> tuple[Watched, Federation]:
         {"downlink.hysteresis": 1.0, "downlink.hold_scales": True, "adversary.rounds": "sampled"},
         {"downlink.dither": "run", "downlink.hold_scales": True, "downlink.kind": "lloyd-max"},
         {"downlink.magnitude": "norm", "downlink.scale": "double"},
+        {"downlink.dither": "subtractive-round", "downlink.kind": "int"},
+        {"downlink.dither": "subtractive-run", "downlink.bits": "ternary"},
     ],
     ids=str,
 )
@@ -102,17 +106,71 @@ def test_codes_change_less_and_scales_stay(tiny_experiment: Experiment) -> None:
 
 
 def test_draws_of_the_run_are_the_same_in_every_round(tiny_experiment: Experiment) -> None:
-    sizes = set()
-    for dither, same in (("run", True), ("round", False)):
-        values = {"downlink.bits": 2, "downlink.dither": dither}
+    sizes: dict[str, set[int]] = {"int": set(), "nf": set()}
+    cases = {"run": True, "round": False, "subtractive-run": True, "subtractive-round": False}
+    for dither, same in cases.items():
+        kind = "int" if dither.startswith("sub") else "nf"
+        values = {"downlink.bits": 2, "downlink.dither": dither, "downlink.kind": kind}
         backend = Watched(tiny_experiment.with_values(values))
         for made in (1, 2):
             backend.encode_broadcast(made)
         one, two = (torch.cat([t.codes() for t in backend.codes(m).values()]) for m in (1, 2))
         assert torch.equal(one, two) is same
-        sizes.add(tensor_bytes(backend.sent[1][4]))
-    plain = InProcess(tiny_experiment.with_values({"downlink.bits": 2}))
-    assert sizes == {tensor_bytes(plain.encode_broadcast(1)[4])}
+        sizes[kind].add(tensor_bytes(backend.sent[1][4]))
+    for kind, found in sizes.items():
+        plain = InProcess(tiny_experiment.with_values({"downlink.bits": 2, "downlink.kind": kind}))
+        assert found == {tensor_bytes(plain.encode_broadcast(1)[4])}
+
+
+def test_what_clients_subtract_costs_a_key_and_is_the_dither_on_the_wire(
+    tiny_experiment: Experiment,
+) -> None:
+    """Each client's 32 bytes come with the first broadcast that it receives."""
+    base = BASE | {"downlink.kind": "int", "federation.rounds": 3}
+    plain, secret = (
+        tiny_experiment.with_values(base | {"downlink.dither": dither})
+        for dither in ("round", "subtractive-round")
+    )
+    assert InProcess(plain).encode_broadcast(1) == InProcess(secret).encode_broadcast(1)
+    backend, federation = watched(secret)
+    known: set[int] = set()
+    for record in federation.history:
+        for each in record.ledger:
+            key = 0 if each.client in known else KEY_BYTES
+            assert each.down == len(backend.sent[record.round][4]) + key
+            known.add(each.client)
+    assert KEY_BYTES == 32
+    assert InProcess(tiny_experiment.with_values({"downlink.bits": 2})).download() == 0
+
+
+def test_every_reader_subtracts_its_own_draws(tiny_experiment: Experiment) -> None:
+    """Messages of a client alone: what it reads is within half a step of what it was sent, also
+    where the server reads it again, and a run goes through."""
+    values = {
+        "downlink.kind": "int",
+        "downlink.dither": "subtractive-round",
+        "downlink.rotate": "client",
+        "federation.rounds": 1,
+    }
+    backend, federation = watched(tiny_experiment.with_values(BASE | values))
+    wire: Wire = backend._server._wire
+    clients = [each.client for each in federation.history[0].clients]
+    read = {client: wire.read(1, client, backend.sent[1][client]) for client in clients}
+    for client, found in read.items():
+        turned = wire.rotate(1, client, backend.states[1])
+        for name, sent in backend.codes(1, client).items():
+            scales = sent.scales().repeat_interleave(16)[: sent.numel].view(sent.shape)
+            assert ((found[name] - turned[name]).abs() <= 0.5001 * scales).all()
+    one, other, *_ = (torch.cat([t.flatten() for t in found.values()]) for found in read.values())
+    assert not torch.equal(one, other)
+
+
+def test_a_subtracted_dither_goes_on_from_a_checkpoint(
+    tiny_experiment: Experiment, tmp_path: Path
+) -> None:
+    values = {"downlink.kind": "int", "downlink.dither": "subtractive-run", "downlink.every": 2}
+    whole, restored = interrupted(tiny_experiment.with_values(BASE | values), tmp_path, after=2)
+    assert numbers(restored.history) == numbers(whole.history)
 
 
 def test_a_broadcast_is_made_again_from_the_same_past(tiny_experiment: Experiment) -> None:
@@ -188,6 +246,15 @@ def test_defences_go_with_a_mask_that_stays_and_scaffold(tiny_experiment: Experi
         ({"downlink.hold_scales": True, "downlink.scale": "double"}, r"scales: downlink.scale"),
         ({"downlink.hold_scales": True, "downlink.magnitude": "norm"}, r"downlink.magnitude 'n"),
         ({"downlink.dither": "run", "downlink.rounding": "stochastic"}, r"'run': downlink.round"),
+        (SECRET | {"downlink.kind": "nf"}, r"'subtractive-run': downlink.kind 'nf' .*allowed: int"),
+        (SECRET | {"downlink.bits": 32}, r"'subtractive-run': downlink.bits 32"),
+        (SECRET | {"downlink.hysteresis": 1}, r"hysteresis = 1: downlink.dither 'subtractive-run'"),
+        (SECRET | {"downlink.hold_scales": True}, r"hold_scales: downlink.dither 'subtractive-run"),
+        (SECRET | {"downlink.magnitude": "norm"}, r"'norm': .*downlink.dither"),
+        (SECRET | {"downlink.rounding": "stochastic"}, r"'subtractive-run': downlink.rounding"),
+        (SECRET | {"downlink.rotate": "round"}, r"'subtractive-run': downlink.rotate"),
+        (SECRET | {"downlink.perturbation": 1}, r"'subtractive-run': downlink.perturbation"),
+        (SECRET | {"downlink.client_mask": 0.1}, r"'subtractive-run': downlink.client_mask"),
         ({"downlink.magnitude": "norm", "downlink.dither": "round"}, r"'norm': .*downlink.dither"),
         ({"downlink.magnitude": "norm", "downlink.rounding": "stochastic"}, r"'norm': .*rounding"),
     ],

@@ -104,6 +104,7 @@ def test_a_changed_key_changes_the_state(
         ({"server.optimizer": "fedyogi"}, "server.beta2", 0.5),
         ({"server.optimizer": "fedadam"}, "server.tau", 0.1),
         ({"server.optimizer": "fedadam"}, "server.optimizer", "fedyogi"),
+        ({"downlink.kind": "int"}, "downlink.dither", "subtractive-run"),
         ({"uplink.bits": 4}, "uplink.kind", "nf"),
         ({"uplink.bits": 4}, "uplink.block", 16),
         ({"uplink.bits": 4}, "uplink.scale", "fp16"),

@@ -311,6 +311,7 @@ def test_over_selected_clients_count_as_sampled(tiny_experiment: Experiment) -> 
         ({"uplink.bits": 4, "uplink.error_feedback": True}, r"uplink\.error_feedback adds"),
         ({"federation.mode": "fedbuff"}, r"federation\.mode 'fedbuff'.*allowed: synchronous"),
         ({"federation.sampling": "examples"}, r"federation\.sampling 'examples'.*uniform"),
+        ({"federation.max_participations": 9}, r"federation\.max_participations = 9 .*null"),
         (
             {
                 "federation.local_steps": None,

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from fedlpp_ray.config import ConfigError, Experiment
-from fedlpp_ray.federation.sampling import sample_cohort
+from fedlpp_ray.federation.sampling import Cohorts, sample_cohort
 from fedlpp_ray.federation.schedule import RoundPlan, Schedule
 
 CLIENTS = 40
@@ -137,8 +137,78 @@ def test_a_client_is_in_one_training_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cap", "values"),
+    [
+        (3, {}),  # 30 rounds of 8 of 90: in the last of them 10 to 13 are left
+        (3, {"federation.over_selection": 0.5, "federation.cohort": 5}),
+        (3, {"simulation.dropout": 0.3, "federation.min_updates": 6}),
+        (3, {"federation.sampling": "examples", "server.weighting": "uniform"}),
+        (1, {"federation.rounds": 11}),
+    ],
+    ids=str,
+)
+def test_who_was_sampled_so_often_is_not_sampled_again(cap: int, values: dict[str, object]) -> None:
+    """Absent clients have received the broadcast too, so that they count."""
+    open = experiment(federation__clients=90).with_values(values)
+    capped = open.with_values({"federation.max_participations": cap})
+    found, free = plans(capped), plans(open)
+    size = capped.federation.sample_size
+    often = Counter[int]()
+    for plan, other in zip(found, free, strict=True):
+        assert len(plan.sampled) == len(plan.cohort) + len(plan.absent) == size
+        exhausted = {client for client, times in often.items() if times == cap}
+        assert not exhausted & set(plan.sampled)
+        if not exhausted:  # as long as nobody is left out, nothing changes
+            assert plan == other
+        often.update(plan.sampled)
+    assert max(often.values()) == cap
+    assert max(Counter(client for plan in free for client in plan.sampled).values()) > cap
+    assert plans(capped, after=9) == found[9:]
+
+
+def test_a_limit_that_never_binds_changes_nothing() -> None:
+    everybody = experiment(federation__cohort=CLIENTS)
+    assert plans(everybody.with_values({"federation.max_participations": 30})) == plans(everybody)
+
+
+def test_among_those_left_the_draw_is_uniform() -> None:
+    """Four clients, two a round, once each: the second pair is who is left, the first is any."""
+    config = experiment(federation__clients=4, federation__cohort=2, federation__rounds=2)
+    capped = config.with_values({"federation.max_participations": 1}).federation
+    pairs = Counter(Cohorts(capped, seed, [16] * 4).of(2) for seed in range(3000))
+    assert len(pairs) == 6
+    assert all(abs(times - 500) < 4 * (3000 * 5 / 36) ** 0.5 for times in pairs.values())
+
+
+def test_a_limit_is_refused_where_clients_may_run_out() -> None:
+    """And the least that is allowed is, whoever is drawn first."""
+    for clients, size, rounds in ((40, 8, 30), (7, 3, 5), (9, 8, 4), (5, 5, 3), (12, 1, 20)):
+        base = {
+            "federation.clients": clients,
+            "federation.cohort": size,
+            "federation.rounds": rounds,
+        }
+        with pytest.raises(ConfigError, match="max_participations") as refused:
+            experiment().with_values(base | {"federation.max_participations": 1})
+        words = str(refused.value)
+        for part in (f"rounds = {rounds} of {size} sampled", f"federation.clients = {clients}"):
+            assert part in words
+        least = int(words.partition("allowed here: ")[2].partition(" ")[0])
+        with pytest.raises(ConfigError, match=f"allowed here: {least} and more"):
+            experiment().with_values(base | {"federation.max_participations": least - 1})
+        capped = experiment().with_values(base | {"federation.max_participations": least})
+        for seed in range(20):
+            assert len(plans(capped.with_values({"seed": seed}))) == rounds
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
+        (
+            {"federation.mode": "fedbuff", "federation.max_participations": 99},
+            r"max_participations = 99: federation.mode 'fedbuff' samples no cohorts.*allowed: null",
+        ),
+        ({"federation.max_participations": 0}, r"federation.max_participations"),
         ({"federation.buffer": 3}, r"federation.buffer = 3 belongs to federation.mode 'fedbuff'"),
         ({"federation.mode": "fedbuff", "federation.deadline": 3.0}, "waits for nobody"),
         ({"federation.mode": "fedbuff", "federation.buffer": 99}, r"more than federation.clients"),

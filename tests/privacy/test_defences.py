@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlpp_ray.privacy.attacks import ATTACKS
 from fedlpp_ray.privacy.view import Received, View
-from fedlpp_ray.quantization import Guard, QuantizedTensor, Quantizer
+from fedlpp_ray.quantization import Guard, QuantizedTensor, Quantizer, draw
 from tests.privacy.test_attacks import HEAD, FakeTools
 
 INT2, INT3 = Quantizer(2, "int", 64), Quantizer(3, "int", 64)
@@ -37,8 +37,10 @@ def view_of(
     for made, secret in enumerate(secrets, 1):
         random = torch.Generator().manual_seed(made if fresh else 0)
         sent: QuantizedTensor = guard.quantize(quantizer, secret, last, random)
-        cells = (known or guard).cells(sent, last, first=last is None)
-        received.append(Received(made, 3, {HEAD: sent.dequantize()}, {HEAD: cells}))
+        draws = draw(secret.numel(), random.manual_seed(made if fresh else 0))
+        cells = (known or guard).cells(sent, last, first=last is None, draws=draws)
+        state = {HEAD: (known or guard).dequantize(sent, draws)}
+        received.append(Received(made, 3, state, {HEAD: cells}))
         last = sent
     rounds = frozenset(range(1, len(secrets) + 1))
     return View(tuple(received), 4, FakeTools(), {3: rounds})
@@ -170,3 +172,54 @@ def test_where_no_code_changes_the_crossings_are_the_newest_broadcast() -> None:
     assert torch.equal(ATTACKS["crossings"].attack(one)[HEAD], one.last.state[HEAD])
     blind = replace(view, received=tuple(replace(x, cells={}) for x in view.received))
     assert torch.equal(ATTACKS["crossings"].attack(blind)[HEAD], view.last.state[HEAD])
+
+
+SUBTRACTED, DITHERED = Guard(dithered=True, subtracted=True), Guard(dithered=True)
+
+
+def independent() -> Tensor:
+    """Uniform values of a stream that is none of the draws'."""
+    return 2 * torch.rand(256, 64, generator=torch.Generator().manual_seed(99)) - 1
+
+
+def test_a_subtracted_dither_averages_out_over_rounds_and_not_over_a_run() -> None:
+    """A constant, 16 rounds: a mean of 1 / sqrt(16) of the error with a seed for each, to 5 %.
+
+    One step of c is 1 at these levels: the error of a message is sqrt(1 / 12) of c.
+    """
+    secret = independent()
+    c = secret.abs().amax(1, keepdim=True).expand_as(secret)
+    single = float((c**2 / 12).sum().sqrt() / secret.norm())
+    rounds, once = (view_of([secret] * 16, SUBTRACTED, fresh=fresh) for fresh in (True, False))
+    for view in (rounds, once):
+        assert error("last-broadcast", view, secret) == pytest.approx(single, rel=0.05)
+    assert error("mean-factors", rounds, secret) == pytest.approx(single / 4, rel=0.05)
+    assert error("mean-factors", once, secret) == pytest.approx(single, rel=0.05)
+
+
+def test_who_lacks_the_seed_reads_a_dither_that_is_not_subtracted() -> None:
+    """A mean square error of E[f (1 - f)] = 1/6 of a step's, against 1/12: a factor sqrt 2."""
+    secret = independent()
+    inside, outside = (
+        view_of([secret] * 4, SUBTRACTED, known=known) for known in (SUBTRACTED, DITHERED)
+    )
+    ratio = error("last-broadcast", outside, secret) / error("last-broadcast", inside, secret)
+    assert ratio == pytest.approx(2**0.5, rel=0.02)
+
+
+def test_cells_of_one_who_has_the_seeds_meet_at_the_secret() -> None:
+    """Of a constant, over T rounds, in 1 / T: T uniform boundaries leave 2 / (T + 1) of a step."""
+    secret = independent()
+    c = secret.abs().amax(1, keepdim=True).expand_as(secret)
+    widths = {}
+    for rounds in (4, 32):
+        cells = [
+            each.cells[HEAD] for each in view_of([secret] * rounds, SUBTRACTED, fresh=True).received
+        ]
+        low = torch.stack([low for low, _ in cells]).amax(0)
+        high = torch.stack([high for _, high in cells]).amin(0)
+        assert ((low <= secret) & (secret <= high)).all()
+        far = secret.abs() < 0.5 * c  # elsewhere the largest magnitude bounds it, too
+        widths[rounds] = float(((high - low) / c)[far].mean())
+    assert widths[4] == pytest.approx(2 / 5, rel=0.1)
+    assert widths[32] == pytest.approx(2 / 33, rel=0.1)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fedlpp_ray.quantization import Bits, Guard, Kind, QuantizedTensor, Quantizer, Scale, codebook
+from fedlpp_ray.quantization import (
+    Bits,
+    Guard,
+    Kind,
+    QuantizedTensor,
+    Quantizer,
+    Scale,
+    codebook,
+    draw,
+)
 
 BOOKS: list[tuple[Bits, Kind]] = [
     ("ternary", "nf"),
@@ -190,6 +200,75 @@ def test_a_code_that_has_just_changed_says_where_the_value_crossed() -> None:
     found = [(float(low[1]), float(high[1])) for low, high in cells]
     expected = [(-0.5, 0.5), (-0.75, 0.75), (0.75, 1.0), (0.25, 1.0)]
     assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-5)
+
+
+SUBTRACTED = Guard(dithered=True, subtracted=True)
+
+
+def subtracted(quantizer: Quantizer, secret: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What one who has the seed reads, and the steps of c, of the secret's shape."""
+    sent = SUBTRACTED.quantize(quantizer, secret, None, torch.Generator().manual_seed(seed))
+    draws = draw(secret.numel(), torch.Generator().manual_seed(seed))
+    low, high = SUBTRACTED.cells(sent, draws=draws)
+    assert ((low <= secret) & (secret <= high)).all()
+    steps = sent.scales().repeat_interleave(quantizer.block)[: secret.numel()]
+    steps = steps.view_as(secret) * 2 / (len(codebook(quantizer.bits, quantizer.kind)) - 1)
+    assert (high - low <= steps * 1.02).all()  # a scale that is rounded widens them
+    return SUBTRACTED.dequantize(sent, draws), steps
+
+
+@pytest.mark.parametrize("bits", ["ternary", 2, 3, 5])
+def test_a_subtracted_dither_against_its_definition(bits: Bits) -> None:
+    """D = Q(S + u) - u in float64, Q to the nearest multiple of a step; to float32's rounding.
+
+    With the draws of more than one run of weights, and a short last block.
+    """
+    quantizer = Quantizer(bits, "int", 64)
+    secret = torch.randn(150_001, generator=torch.Generator().manual_seed(1))
+    found, steps = subtracted(quantizer, secret)
+    step, s = steps.double().numpy(), secret.double().numpy()
+    u = (0.5 - torch.rand(len(secret), generator=torch.Generator().manual_seed(0)).numpy()) * step
+    expected = np.rint((s + u) / step) * step - u
+    # At a boundary float32 may go the other way: there both are half a step away.
+    off = np.abs(found.numpy() - expected) > 1e-5 * step
+    assert off.sum() <= 2
+    assert np.abs(found.numpy() - s).max() <= (0.5 + 1e-5) * step.max()
+
+
+def test_its_codes_are_those_of_the_dither_that_is_not_subtracted() -> None:
+    """So who lacks the seed reads that."""
+    quantizer, (secret, *_) = Quantizer(3, "int", BLOCK), walk(1)
+    sent, plain = (
+        guard.quantize(quantizer, secret, None, torch.Generator().manual_seed(2))
+        for guard in (SUBTRACTED, Guard(dithered=True))
+    )
+    assert torch.equal(sent.codes(), plain.codes())
+    assert sent.nbytes == plain.nbytes
+
+
+def test_its_error_is_uniform_over_a_step_and_independent_of_the_weight() -> None:
+    """Of 200,000 values, within 4 standard errors: mean 0, variance step^2 / 12, and in each tenth
+    of the values that a weight can have, the outermost too, both again."""
+    secret = 2 * torch.rand(200_000, generator=torch.Generator().manual_seed(3)) - 1
+    found, steps = subtracted(Quantizer(2, "int", 64), secret)
+    errors = ((found - secret) / steps).double()
+    tenths = ((secret + 1) * 5).long().clamp(0, 9)
+    for part in (torch.ones_like(secret).bool(), *(tenths == tenth for tenth in range(10))):
+        count = int(part.sum())
+        assert abs(float(errors[part].mean())) < 4 / math.sqrt(12 * count)
+        # Of a uniform error's square the standard deviation is 1 / sqrt(180).
+        assert abs(float((errors[part] ** 2).mean()) - 1 / 12) < 4 / math.sqrt(180 * count)
+    shares = torch.histc(errors, 20, -0.5, 0.5) / len(errors)
+    assert float((shares - 0.05).abs().max()) < 4 * math.sqrt(0.05 * 0.95 / len(errors))
+
+
+@pytest.mark.parametrize("scale", ["fp32", "fp16", "double"])
+def test_cells_hold_whatever_the_storage_of_scales(scale: Scale) -> None:
+    """In every message of a walk whose first block starts at zero, and stays it."""
+    quantizer = Quantizer(2, "int", BLOCK, scale)
+    for number, secret in enumerate(walk()):
+        found, _ = subtracted(quantizer, secret, number)
+        assert number or not found.view(-1)[:BLOCK].any()
 
 
 def test_draws_need_a_generator() -> None:
