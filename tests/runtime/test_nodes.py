@@ -253,7 +253,7 @@ def test_sums_by_node_give_the_bits_of_one_process(  # noqa: PLR0917
     around(monkeypatch, OnNodes, "collect", before=collected)
     assert run(experiment, backend) == expected
     assert len(summed[0]) == 2
-    again = {name for name in names if name.startswith("round 1") and names.count(name) == 2}
+    again = {name for name in names if name.startswith("round 1") and names.count(name) > 1}
     assert bool(again) == (lost != "nothing")
 
 
