@@ -37,7 +37,7 @@ def summarize(
     """
     rows = []
     for outcome in outcomes:
-        searched = {key: _plain(outcome.config[key]) for key in keys}
+        searched = {key: _plain(outcome.config.get(key)) for key in keys}
         row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
         rows.append(row | {"error": outcome.error})
     table = pd.DataFrame(rows)

@@ -72,6 +72,9 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         show_plan(first, console, most_trials=min(at_once, space.total))
         storage = options.storage if remote else str(local)
         outcomes = run_sweep(space, storage, [log, progress])
+    if not outcomes:
+        console.print("interrupted before any trial had a result: the same command goes on")
+        return 1
     _show(space, outcomes, local / space.name, tracker, console)
     return 0 if any(outcome.status == "finished" for outcome in outcomes) else 1
 

@@ -6,6 +6,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.results import result
 from fedlpp_ray.report import console_table, non_dominated, save_plot, summarize
-from fedlpp_ray.runtime.sweep import TrialOutcome
+from fedlpp_ray.runtime.sweep import TrialOutcome, outcomes_of
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
 
 OBJECTIVES = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}
@@ -114,3 +115,25 @@ def test_a_sweep_of_failures_has_a_table(outcomes: list[TrialOutcome]) -> None:
     table = summarize(outcomes[2:3], ["downlink.bits"], OBJECTIVES)
     assert list(table["non_dominated"]) == [False]
     console_table(table, ["downlink.bits"])
+
+
+def test_a_sweep_that_was_interrupted_shows_what_has_reported() -> None:
+    """Of a trial that has not, Tune has no configuration."""
+    config = {"lora.rank": 4, "trial": 0}
+    failed = SimpleNamespace(metrics={}, config=None, error=ValueError("no"), path="x/b")
+    results = [
+        SimpleNamespace(metrics=None, config=None, error=None, path="x/c"),
+        failed,
+        SimpleNamespace(
+            metrics={"trial_id": "a", "server/accuracy": 0.5, "config": config},
+            config=config,
+            error=None,
+            path="x/a",
+        ),
+    ]
+    outcomes = outcomes_of(results)
+    assert [(each.trial, each.status) for each in outcomes] == [("a", "stopped"), ("b", "failed")]
+    table = summarize(outcomes, ["lora.rank"], {"server/accuracy": "max"})
+    assert not table["non_dominated"].any()
+    assert table["lora.rank"][0] == 4
+    assert outcomes_of([results[0]]) == []

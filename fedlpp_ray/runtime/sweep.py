@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def run_sweep(
         callbacks: Told of every report.
 
     Returns:
-        One outcome a trial, in the order of their ids.
+        One outcome a trial that has reported or failed, in the order of their ids.
 
     Raises:
         PlacementError: a trial needs what the cluster can never give; nothing has been started.
@@ -99,7 +99,7 @@ def run_sweep(
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             ),
         )
-    return sorted(map(_outcome, tuner.fit()), key=lambda outcome: outcome.trial)
+    return outcomes_of(tuner.fit())
 
 
 def _watch(base: Experiment) -> PlacementCallback:
@@ -131,8 +131,17 @@ def _tune_config(space: SearchSpace) -> tune.TuneConfig:
     )
 
 
+def outcomes_of(results: Iterable[Any]) -> list[TrialOutcome]:
+    """Of each of Tune's results, by trial; of one that has not come to a first report, none.
+
+    There are such where the sweep was interrupted.
+    """
+    found = [_outcome(each) for each in results if each.metrics or each.error]
+    return sorted(found, key=lambda outcome: outcome.trial)
+
+
 def _outcome(outcome: Any) -> TrialOutcome:
     error = str(outcome.error) if outcome.error else None
     metrics = outcome.metrics or {}
     trial = metrics.get("trial_id", Path(outcome.path).name)
-    return TrialOutcome(trial, values_of(outcome.config), reported(metrics), error)
+    return TrialOutcome(trial, values_of(outcome.config or {}), reported(metrics), error)
