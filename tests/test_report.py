@@ -122,7 +122,7 @@ def test_a_sweep_that_was_interrupted_shows_what_has_reported() -> None:
     config = {"lora.rank": 4, "trial": 0}
     failed = SimpleNamespace(metrics={}, config=None, error=ValueError("no"), path="x/b")
     results = [
-        SimpleNamespace(metrics=None, config=None, error=None, path="x/c"),
+        SimpleNamespace(metrics={"trial_id": "c"}, config=None, error=None, path="x/c"),
         failed,
         SimpleNamespace(
             metrics={"trial_id": "a", "server/accuracy": 0.5, "config": config},

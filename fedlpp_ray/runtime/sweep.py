@@ -136,7 +136,7 @@ def outcomes_of(results: Iterable[Any]) -> list[TrialOutcome]:
 
     There are such where the sweep was interrupted.
     """
-    found = [_outcome(each) for each in results if each.metrics or each.error]
+    found = [_outcome(each) for each in results if each.config is not None or each.error]
     return sorted(found, key=lambda outcome: outcome.trial)
 
 
