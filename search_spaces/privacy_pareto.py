@@ -9,7 +9,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.runtime.bundles import Bundles
+from fedlpp_ray.runtime.variants import Bundles
 
 base = "../configs/trec_minilm.yaml"
 

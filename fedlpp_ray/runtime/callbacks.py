@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedlpp_ray.command_line import without_secrets
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.checkpoint import read_history
-from fedlpp_ray.runtime.bundles import Variants
 from fedlpp_ray.runtime.placement import PlacementError
+from fedlpp_ray.runtime.variants import Variants
 from fedlpp_ray.runtime.watch import what_is_missing
 from fedlpp_ray.tracking.metrics import (
     FINAL_UTILITY,

@@ -26,7 +26,7 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
-from fedlpp_ray.runtime.bundles import TRIAL, Variants, read_bundles, unbundled, without
+from fedlpp_ray.runtime.variants import TRIAL, Variants, read_bundles, unbundled, without
 from fedlpp_ray.tracking.metrics import metric_names
 
 Direction = Literal["max", "min"]

@@ -14,13 +14,13 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 
 from fedlpp_ray.config import ConfigError, Experiment
-from fedlpp_ray.runtime.bundles import values_of
 from fedlpp_ray.runtime.callbacks import PlacementCallback
 from fedlpp_ray.runtime.placement import bundles, check_fits, in_words
 from fedlpp_ray.runtime.searcher import OfFinished
 from fedlpp_ray.runtime.shared_folder import check_shared
 from fedlpp_ray.runtime.space import SearchSpace
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
+from fedlpp_ray.runtime.variants import values_of
 from fedlpp_ray.tracking.metrics import PROTECTION, reported
 
 KEPT_CHECKPOINTS = 2

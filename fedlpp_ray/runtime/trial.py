@@ -19,9 +19,9 @@ from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation import Federation, checkpoint
 from fedlpp_ray.federation.recovery import finished_rounds
 from fedlpp_ray.federation.results import result, to_json
-from fedlpp_ray.runtime.bundles import Variants
 from fedlpp_ray.runtime.jobs import LostError
 from fedlpp_ray.runtime.placement import STRATEGY, PlacementError, bundles
+from fedlpp_ray.runtime.variants import Variants
 from fedlpp_ray.runtime.warm import warm_backend
 from fedlpp_ray.storage import DamagedError
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics

@@ -17,8 +17,8 @@ from ray.tune.search.variant_generator import generate_variants
 from fedlpp_ray.config import ConfigError, dump_experiment
 from fedlpp_ray.config.schema import Experiment
 from fedlpp_ray.federation.combinations import check_combinations
-from fedlpp_ray.runtime.bundles import values_of
 from fedlpp_ray.runtime.space import SearchSpace, load_space
+from fedlpp_ray.runtime.variants import values_of
 
 ROOT = Path(__file__).parents[2]
 HEADER = "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
