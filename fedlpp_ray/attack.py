@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from fedlpp_ray.config import Experiment, check_same, parse_overrides
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.privacy import Interval
 from fedlpp_ray.storage import RunFolder, write_file
-from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT, read_result
 
 UTILITY = "utility"
 """As in `fedlpp_ray.tasks`, whose import takes seconds."""
@@ -70,7 +69,7 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     runs = [Path(x) for x in options.given if x not in overrides]
     if not runs:
         raise UserError("RUN is missing: the folder of a finished run")
-    experiments = [_experiment(_result(run), overrides, run) for run in runs]
+    experiments = [_experiment(read_result(run), overrides, run) for run in runs]
     for run, experiment in zip(runs[1:], experiments[1:], strict=True):
         check_same(experiment.with_values({"seed": experiments[0].seed}), experiments[0], str(run))
     seeds = [experiment.seed for experiment in experiments]
@@ -108,7 +107,7 @@ def _attack_run(
     target: Path,
 ) -> dict[str, Any]:
     """Attack one run, and write what came of it."""
-    outcome = _result(run)
+    outcome = read_result(run)
     # These take seconds to import; a wrong configuration is refused before.
     from fedlpp_ray.federation.checkpoint import trained
     from fedlpp_ray.federation.intervals import protection_intervals
@@ -160,16 +159,6 @@ def _attack_run(
     Console(highlight=False).print(_table(report))
     console.print(f"result    {target}")
     return report
-
-
-def _result(run: Path) -> dict[str, Any]:
-    path = run / RESULT
-    if not path.exists():
-        raise UserError(
-            f"{run} has no {RESULT}: it is no finished run of python -m fedlpp_ray.train"
-        )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _experiment(outcome: dict[str, Any], overrides: Sequence[str], run: Path) -> Experiment:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from fedlpp_ray.command_line import check_writable_file, run_command
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.storage import RunFolder, write_file
-from fedlpp_ray.storage.runs import RESULT
+from fedlpp_ray.storage.runs import RESULT, read_result
 
 if TYPE_CHECKING:
     from fedlpp_ray.federation.probes import Probed
@@ -57,7 +56,7 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     run, target = options.run, options.json or options.run / PROBES_FILE
     rounds = _numbers("--rounds", options.rounds)
     clients = _numbers("--clients", options.clients)
-    outcome = _result(run)
+    outcome = read_result(run)
     check_writable_file("--json", target)
     experiment = Experiment.from_dict(outcome["config"], str(run / RESULT))
     folder = RunFolder(run, experiment)
@@ -96,16 +95,6 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     console.print(_made_again(report))
     console.print(f"result    {target}")
     return 0
-
-
-def _result(run: Path) -> dict[str, Any]:
-    path = run / RESULT
-    if not path.exists():
-        raise UserError(
-            f"{run} has no {RESULT}: it is no finished run of python -m fedlpp_ray.train"
-        )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedlpp_ray.config import Experiment, check_same, load_experiment
 from fedlpp_ray.errors import UserError
@@ -32,6 +33,21 @@ LEAK_CURVE = "leak_curve.png"
 KEPT = 2
 
 logger = logging.getLogger(__name__)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The result of a finished run, by its folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = run / RESULT
+    if not path.exists():
+        raise UserError(
+            f"{run} has no {RESULT}: it is no finished run of python -m fedlpp_ray.train"
+        )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 class RunFolder:
