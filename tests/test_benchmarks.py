@@ -11,8 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import arithmetic, memory, methods, page, recovery, rounds, scale, startup, zero
+from benchmarks import (
+    arithmetic,
+    distances,
+    memory,
+    methods,
+    page,
+    recovery,
+    rounds,
+    scale,
+    startup,
+    zero,
+)
 from benchmarks.bare import Loop
+from fedlpp_ray import train
 from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.federation.client import ClientHost
 from fedlpp_ray.federation.in_process import InProcess
@@ -192,3 +204,41 @@ def test_the_line_of_a_spread_servers_memory_is_through_the_spread_rows_alone() 
         for n in (1, 2, 4)
     ]
     assert zero.fit(rows, "load") == pytest.approx((2.0, 300.0))
+
+
+def test_distances_are_of_what_is_sent_and_of_products_which_no_gauge_changes() -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"a.lora_A.weight": (2, 5), "a.lora_B.weight": (3, 2), "head.weight": (4, 3)}
+    server = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    further = {name: 1.1 * tensor for name, tensor in server.items()}
+    assert distances.of_weights(further, server) == pytest.approx(0.1)
+    assert distances.of_products(further, server) == pytest.approx(0.21)
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=random))[0]
+    turned = server | {
+        "a.lora_A.weight": turn.T @ server["a.lora_A.weight"],
+        "a.lora_B.weight": server["a.lora_B.weight"] @ turn,
+    }
+    assert distances.of_weights(turned, server) > 0.1
+    assert distances.of_products(turned, server) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 2])
+def test_the_last_broadcast_of_full_precision_is_the_server(
+    bits: int,
+    tiny_experiment: Experiment,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    experiment = tiny_experiment.with_values({"downlink.bits": bits})
+    (tmp_path / "x.yaml").write_text(dump_experiment(experiment, "x", "x"), encoding="utf-8")
+    options = ["--output", str(tmp_path / "run"), "--in-process"]
+    assert train.main([str(tmp_path / "x.yaml"), *options]) == 0
+    distances.main([str(tmp_path / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    cells = {name: x for name, *x in (line.strip("| ").split(" | ") for line in lines)}
+    assert {"last-broadcast", "mean-products", "interval"} <= cells.keys()
+    assert not {"after-training", "distilled"} & cells.keys()
+    if bits == 32:
+        assert cells["last-broadcast"] == ["0.000", "0.000"]
+    else:
+        assert min(map(float, cells["last-broadcast"])) > 0.1

@@ -1,0 +1,85 @@
+"""How near an adversary comes to the server's adapter in a run: its weights, not its answers.
+
+    python -m benchmarks.distances RUN [adversary.key=value ...]
+
+A row is an attack that only reads broadcasts: ||attack - S|| / ||S|| over every tensor that is
+sent, and of the products B A of all layers, which no gauge changes. S is the server's state after
+the last round, or its final model where the run ends with one. For adversaries that know the
+architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+
+from benchmarks import page
+from fedlpp_ray.aggregation.products import combine, product
+from fedlpp_ray.config import Experiment, parse_overrides
+from fedlpp_ray.federation.checkpoint import trained
+from fedlpp_ray.federation.ladder import Ladder
+from fedlpp_ray.federation.means import attacks_of
+from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.state import State, layers_of
+from fedlpp_ray.storage import RunFolder
+from fedlpp_ray.storage.runs import RESULT, read_result
+
+COLUMNS = ["attack", "weights", "products"]
+
+
+def measure(run: Path, overrides: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The two distances of each attack, the nearest in weights first."""
+    outcome = read_result(run)
+    experiment = Experiment.from_dict(outcome["config"], str(run / RESULT))
+    experiment = experiment.with_values(parse_overrides(overrides))
+    folder = RunFolder(run, experiment)
+    history = [RoundRecord.from_dict(record) for record in outcome["history"]]
+    view = Ladder(experiment, folder.kept(), history).view
+    server = safetensors.torch.load(trained(folder)["adapter_model.safetensors"])
+    server = {name: server[name] for name in view.last.state}
+    found = {}
+    for name, known in attacks_of(experiment)[0].items():
+        if known.level == "broadcast":
+            state = known.attack(view)
+            found[name] = (of_weights(state, server), of_products(state, server))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def of_weights(state: State, server: State) -> float:
+    """||state - server|| / ||server|| over the tensors of the server's."""
+    off = sum(float((state[n].double() - t.double()).square().sum()) for n, t in server.items())
+    return math.sqrt(off / sum(float(t.double().square().sum()) for t in server.values()))
+
+
+def of_products(state: State, server: State) -> float:
+    """The same of the products of all layers."""
+    off = norm = 0.0
+    for layer in layers_of(server):
+        own = product(server, layer)
+        apart = combine([product(state, layer), own], [1.0, -1.0])
+        off += float((apart.left @ apart.right).square().sum())
+        norm += float((own.left @ own.right).square().sum())
+    return math.sqrt(off / norm)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table of a run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distances",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("overrides", nargs="*", metavar="adversary.key=value")
+    options = parser.parse_args(arguments)
+    found = measure(options.run, options.overrides)
+    cells = [[name, *(f"{distance:.3f}" for distance in pair)] for name, pair in found.items()]
+    print(page.rows(COLUMNS, cells))
+
+
+if __name__ == "__main__":
+    main()
