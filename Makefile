@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STORAGE ?= results
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install sweep ui test test-slow lint format bench bench-runtime bench-flower bench-methods clean
+.PHONY: install sweep ui test test-slow test-long lint format bench bench-runtime bench-flower bench-methods clean
 
 install: $(INSTALLED)
 
@@ -26,10 +26,13 @@ ui: $(INSTALLED)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow.db --host 127.0.0.1 --port 5000
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not long' --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not long' --numprocesses 2 --dist loadfile
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -54,6 +55,7 @@ def command(folder: Path, module: str, *arguments: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_train_in_process_and_in_ray_write_the_same_result(
     project: Path, tiny_experiment: Experiment
 ) -> None:
@@ -141,6 +143,11 @@ def test_every_shipped_method_runs_from_the_command_line(
     assert without == [path.stem in ("fedsa_lora", "local_only")] * 2
 
 
+def slow(*values: object) -> Any:
+    """Starts Ray."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -156,7 +163,7 @@ def test_every_shipped_method_runs_from_the_command_line(
         (["train", "tiny.yaml", "task.max_length=33"], "has 32 positions"),
         (["train", "tiny.yaml", "lora.rank=10000000"], "allows at most 64"),
         (["train", "tiny.yaml", "runtime.client_gpus=1.0", "--in-process"], "CUDA is not"),
-        (["train", "tiny.yaml", "client.lr=1e30"], "diverged (client.lr = 1e+30)"),
+        slow(["train", "tiny.yaml", "client.lr=1e30"], "diverged (client.lr = 1e+30)"),
         (
             ["train", "tiny.yaml", "--in-process", "server.max_update_norm=1e-9"],
             "round 1, update of client 3 refused: its norm",
@@ -169,11 +176,11 @@ def test_every_shipped_method_runs_from_the_command_line(
         (["train", "tiny.yaml", "lora.targets=[nope]"], "linear layers: query, key"),
         (["train", "tiny.yaml", "federation.clients=999"], "federation.clients = 999"),
         (["train", "tiny.yaml", "task.text_column=x"], "its columns: text, label"),
-        (["train", "tiny.yaml", "runtime.client_gpus=1.0"], "0.5 CPU and 1 GPU"),
+        slow(["train", "tiny.yaml", "runtime.client_gpus=1.0"], "0.5 CPU and 1 GPU"),
         (["tune", "gone.py"], "gone.py: no such file"),
         (["tune", "space.py", "downlink.kind=x"], "downlink.kind: allowed"),
         (["tune", "space.py", "model.name=./gone"], "no such file or folder"),
-        (["tune", "space.py", "runtime.client_cpus=512.0"], "one actor requires 512 CPU"),
+        slow(["tune", "space.py", "runtime.client_cpus=512.0"], "one actor requires 512 CPU"),
         (["tune", "space.py", "--tracking-uri", "nonsense://x"], "nonsense"),
         (["tune", "space.py", "--storage", "tiny.yaml"], "--storage"),
         (["tune", "space.py", "--storage", "foo://bar/x"], "--storage foo://bar/x"),
@@ -194,6 +201,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
     assert words in shown
 
 
+@pytest.mark.slow
 def test_a_two_trial_sweep_is_tracked_shown_and_not_run_again(project: Path) -> None:
     done = command(project, "tune", "space.py", "--storage", "out")
     assert done.returncode == 0, done.stderr + done.stdout

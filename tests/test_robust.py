@@ -116,7 +116,7 @@ def test_a_rule_is_that_of_numpy_and_scipy(
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("d", [2, 3, 200])
+@pytest.mark.parametrize("d", [2, 3, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_geometric_median_is_near_the_least_sum_after_the_steps_it_makes(d: int) -> None:
     """Within 1e-3, also where it begins at an update and is slow to leave it (d = 2)."""
     for seed in range(20):

@@ -31,7 +31,7 @@ from fedlpp_ray.config import Experiment, dump_experiment
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (extra cluster)")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 MARK = "FEDLPP_TEST_CLOUD"
 """An environment variable of every process that this test starts, by which they are ended."""

@@ -23,7 +23,7 @@ from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (extra cluster)")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -29,7 +29,7 @@ from tests import tiny
 LACKING = machines.missing() if sys.platform == "linux" else ["Linux"]
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (extra cluster)")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(LACKING), reason=f"needs sshd and namespaces, lacks {LACKING}"),
 ]

@@ -25,7 +25,7 @@ from fedlpp_ray.config import Experiment, dump_experiment
 
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("moto.server", reason="needs moto[server] (extra cluster-tests)")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROUNDS = 12
 

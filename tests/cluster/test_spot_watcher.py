@@ -204,7 +204,7 @@ def test_the_command_line(metadata: type[Metadata], tmp_path: Path) -> None:
         assert "usage" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_notice_drains_the_node_of_a_real_cluster(
     metadata: type[Metadata], monkeypatch: pytest.MonkeyPatch
 ) -> None:

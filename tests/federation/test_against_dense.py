@@ -61,6 +61,7 @@ def test_quantized_downlink(tiny_experiment: Experiment, rule: str, bits: int) -
     compare(tiny_experiment.with_values(values), QUANTIZED_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 32])
 @pytest.mark.parametrize(
     "values",

@@ -83,8 +83,14 @@ KINDS: dict[str, dict[str, object]] = {
     },
 }
 
+QUICK = ("control variates", "own B")
+"""Kinds of which the default tests resume a run."""
 
-@pytest.mark.parametrize("kind", KINDS)
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS],
+)
 def test_a_run_resumed_after_any_round_gives_the_same_bits(
     tiny_experiment: Experiment, tmp_path: Path, kind: str
 ) -> None:

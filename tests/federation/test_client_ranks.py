@@ -63,7 +63,10 @@ def run(group: Group, experiment: Experiment, values: dict[str, object]) -> Any:
     "zero",
     [pytest.param({}, id="whole"), pytest.param(CLIENT, id="spread", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("kind", TOGETHER)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "flexlora")) for kind in TOGETHER],
+)
 def test_two_ranks_make_the_run_of_one(
     experiment: Experiment, two: Ranks, kind: str, zero: dict[str, object]
 ) -> None:

@@ -90,6 +90,7 @@ def test_what_is_measured_is_what_clients_have_next(tiny_experiment: Experiment)
     assert servers[0] != servers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_run_interrupted_while_a_broadcast_lasts_goes_on_with_the_same_bits(
     tiny_experiment: Experiment, tmp_path: Path, after: int
@@ -316,6 +317,7 @@ def test_a_client_refuses_the_edition_of_another(tiny_experiment: Experiment) ->
         backend._host.train(1, 1, {1: message})
 
 
+@pytest.mark.slow
 def test_masks_go_with_rotation_other_methods_and_an_interruption(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:

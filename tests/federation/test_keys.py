@@ -93,6 +93,7 @@ def test_a_changed_key_changes_the_state(
     assert digest(base.with_values({key: value})) != digest(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "key", "value"),
     [

@@ -65,6 +65,7 @@ def test_the_ladder_meets_what_the_run_itself_measured(run: Run) -> None:
     assert {each.broadcasts for each in found.values()} == {4}
 
 
+@pytest.mark.slow
 def test_of_clients_that_compute_in_bf16_too(tiny_experiment: Experiment) -> None:
     values = {"client.compute": "bf16", "client.lr": 3e-2, "federation.rounds": 2}
     half = Run(tiny_experiment.with_values(values))
@@ -76,6 +77,7 @@ def test_of_clients_that_compute_in_bf16_too(tiny_experiment: Experiment) -> Non
     assert found["last-broadcast on W0"].metrics != last.client_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[2, 4], [4, 2]])
 def test_of_colluders_of_several_ranks_the_highest_reads(
     tiny_experiment: Experiment, ranks: list[int]
@@ -188,6 +190,7 @@ def test_colluders_validate_on_examples_of_their_own_that_they_do_not_train_on(r
         bench.take_part(ladder.view.last.state, other, 4, "client")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

@@ -23,6 +23,9 @@ from fedlpp_ray.messages import Envelope, decode
 from fedlpp_ray.state import part
 from tests.federation.test_loop import Recording, interrupted, numbers
 
+QUICK = ("fedit", "fedsa-lora")
+"""Methods that the default tests run with an interruption."""
+
 
 def method(experiment: Experiment, name: str, **values: object) -> Experiment:
     dotted = {key.replace("__", "."): value for key, value in values.items()}
@@ -36,7 +39,10 @@ def run(experiment: Experiment) -> list[RoundRecord]:
     return list(Federation(experiment, InProcess(experiment)).run())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in METHODS],
+)
 def test_a_method_learns_and_continues_after_an_interruption(
     tiny_experiment: Experiment, tmp_path: Path, name: str
 ) -> None:

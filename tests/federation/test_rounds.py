@@ -188,6 +188,7 @@ def test_an_abandoned_round_leaves_the_state_and_what_clients_keep_and_is_counte
 # FedBuff
 
 
+@pytest.mark.slow
 def test_fedbuff_repeats_and_goes_on_after_any_round_with_the_same_bits(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:

@@ -30,7 +30,10 @@ ADAPTERS: list[dict[str, object]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bert", "llama")), "gpt2"],
+)
 def experiment(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -74,6 +77,7 @@ def test_a_run_has_the_same_bits_on_one_rank_on_two_and_on_four(
     assert two.run(run, experiment)[0] == alone
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
     experiment: Experiment, two: Ranks, four: Ranks
 ) -> None:
@@ -88,6 +92,7 @@ def test_a_run_whose_server_trains_too_differs_by_rounding_alone(
         assert [each["bytes"] for each in found] == [each["bytes"] for each in alone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

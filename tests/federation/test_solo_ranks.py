@@ -55,12 +55,14 @@ def check_close(found: Any, expected: Any) -> None:
     assert found[1] == expected[1]  # of one client in one process, always
 
 
+@pytest.mark.slow
 def test_ranks_share_the_batches(experiment: Experiment, two: Ranks) -> None:
     """7 examples a batch: one rank has 4 of them, the other 3."""
     uneven = experiment.with_values({"client.batch_size": 7})
     check_close(two.run(run, uneven)[0], run(ALONE, uneven))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [SERVER, STAGE_2], ids=["base", "optimizer"])
 @pytest.mark.parametrize("task", ["experiment", "writer"])
 def test_ranks_share_the_base_or_the_optimizer(

@@ -159,6 +159,7 @@ def test_the_cache_is_where_it_is_said_to_be(
     assert cache_folder() == Path.home() / ".cache" / "fedlpp_ray"
 
 
+@pytest.mark.slow
 def test_smollm2_answers_in_its_chat_template(smollm2: tuple[Any, nn.Module]) -> None:
     tokenizer, model = smollm2
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")

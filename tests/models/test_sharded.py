@@ -85,6 +85,7 @@ def held(group: Group, base: Base) -> tuple[int, int, bool]:
     return sum(p.ds_tensor.numel() for p in found), sum(p.ds_numel for p in found), empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_a_rank_holds_its_share_and_no_more_also_after_a_pass(
     bases: dict[str, Base], two: Ranks, family: str

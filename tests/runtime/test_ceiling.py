@@ -84,7 +84,7 @@ def fits() -> list[str]:
     return folders + [thread.name for thread in threading.enumerate() if thread.name == "fit"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_worker_has_the_bits_of_a_process(experiment: Experiment, tmp_path: Path) -> None:
     """In the run's own reservation, resumed in other workers, and nothing is left of either."""
     here, before = Solo(experiment), (reservations(), fits())
@@ -108,6 +108,7 @@ def test_one_worker_has_the_bits_of_a_process(experiment: Experiment, tmp_path: 
     assert reservations() == before[0]
 
 
+@pytest.mark.slow
 def test_two_workers_train_on_in_another_run(
     on_two: Experiment, two: ClosingBackend, expected: list[dict[str, object]]
 ) -> None:
@@ -126,12 +127,13 @@ def still(on_two: Experiment, still_model: Path) -> Experiment:
     return on_two.with_values(STILL | {"model.name": str(still_model)})
 
 
+@pytest.mark.slow
 def test_two_workers_have_the_numbers_of_one(still: Experiment, two: ClosingBackend) -> None:
     assert two.begin(still)
     check_close(run_on(two, still), run(ALONE, still.with_values({"server.num_workers": 1})))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_that_share_the_base_have_the_numbers_of_one(still: Experiment) -> None:
     pytest.importorskip("deepspeed")
     spread = still.with_values(SERVER)
@@ -147,7 +149,7 @@ def run_on(backend: ClosingBackend, experiment: Experiment) -> Any:
     return federation.history, backend.measure_floor()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("which", [1, 0])
 def test_a_worker_dies_between_rounds(
     on_two: Experiment, two: ClosingBackend, expected: list[dict[str, object]], which: int
@@ -161,7 +163,7 @@ def test_a_worker_dies_between_rounds(
     assert len(train_workers()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_dies_in_a_round(
     on_two: Experiment, two: ClosingBackend, expected: list[dict[str, object]]
 ) -> None:
@@ -176,7 +178,7 @@ def test_a_worker_dies_in_a_round(
     assert disturbed(on_two, two, stop_then_kill) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_that_always_die_end_the_run(
     on_two: Experiment, two: ClosingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +201,7 @@ def test_workers_that_always_die_end_the_run(
     two.renew_server()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_worker_refuses_is_one_line(experiment: Experiment) -> None:
     """Whether it is asked first or warm; then the workers leave the reservation to others."""
     wrong, before = experiment.with_values({"model.name": "/nowhere"}), fits()

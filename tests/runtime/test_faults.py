@@ -24,8 +24,8 @@ from fedlpp_ray.runtime.server import ServerActor
 from tests.federation.test_loop import numbers
 
 
-def slow(value: int) -> Any:
-    return pytest.param(value, marks=pytest.mark.slow)
+def long(value: int) -> Any:
+    return pytest.param(value, marks=pytest.mark.long)
 
 
 STATEFUL = {
@@ -87,7 +87,8 @@ def before_call(
     return calls
 
 
-@pytest.mark.parametrize("call", [slow(1), slow(3), 5, slow(9), slow(14)])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [long(1), long(3), 5, long(9), long(14)])
 def test_the_server_dies_before_any_of_its_calls(
     monkeypatch: pytest.MonkeyPatch,
     backend: RayBackend,
@@ -107,7 +108,7 @@ def test_the_server_dies_before_any_of_its_calls(
     assert numbers(federation.history) == expected
 
 
-@pytest.mark.parametrize("job", [slow(1), 4, slow(6), slow(13)])
+@pytest.mark.parametrize("job", [long(1), 4, long(6), long(13)])
 def test_a_client_actor_dies_at_any_of_its_jobs(
     monkeypatch: pytest.MonkeyPatch,
     backend: RayBackend,
@@ -132,7 +133,7 @@ def test_a_client_actor_dies_at_any_of_its_jobs(
     assert len(sent) == 3 * 5 + 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_client_that_always_kills_its_actor_has_failed_and_is_reported(
     monkeypatch: pytest.MonkeyPatch, backend: RayBackend, experiment: Experiment
 ) -> None:
@@ -160,6 +161,7 @@ def party(actor: Any, change: Callable[[Any], None]) -> None:
     ray.get(actor.__ray_call__.remote(lambda self: change(self._party)))
 
 
+@pytest.mark.slow
 def test_a_poisoned_return_is_refused_and_the_round_goes_on(
     backend: RayBackend, experiment: Experiment
 ) -> None:
@@ -194,7 +196,7 @@ def test_if_nothing_can_be_used_the_run_says_why(
         list(Federation(experiment, backend).run())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hung_client_is_late_after_the_deadline_of_the_clock(
     backend: RayBackend, experiment: Experiment
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_hung_client_is_late_after_the_deadline_of_the_clock(
     assert len(record.folded) == 3
 
 
+@pytest.mark.slow
 def test_out_of_memory_leaves_half_of_the_actors_on_the_device(
     backend: RayBackend, experiment: Experiment, expected: list[dict[str, object]]
 ) -> None:

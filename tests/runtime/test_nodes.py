@@ -28,7 +28,7 @@ from tests.federation.test_loop import numbers
 from tests.runtime.many_nodes import CLIENT_CPUS, SERVER, SERVER_CPUS, Nodes, around, many_nodes
 from tests.runtime.test_rounds import EMULATED
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 VALUES = {
     "uplink.bits": 4,

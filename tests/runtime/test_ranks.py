@@ -104,7 +104,8 @@ def kill_a_rank(actor: Any) -> None:
     in_actor(actor, lambda self: ray.kill(self._ranks._actors[0]))
 
 
-@pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("party", ["server", pytest.param("client", marks=pytest.mark.long)])
 def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_run_that_loses_a_rank_ends_with_the_same_bits(
     assert actor_of(actors, party) != lost
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("party", ["server", "client"])
 def test_a_rank_that_is_lost_between_runs_is_made_good(
     spread: Experiment, actors: RayBackend, together: list[dict[str, object]], party: str
@@ -126,7 +127,7 @@ def test_a_rank_that_is_lost_between_runs_is_made_good(
     assert run(spread, actors) == together
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="no base comes from a server")
 def test_a_server_lost_while_the_first_client_receives_its_base_is_made_good(
     monkeypatch: pytest.MonkeyPatch,

@@ -52,6 +52,7 @@ def test_no_actor_and_no_reservation_is_left(tiny_experiment: Experiment) -> Non
     assert free == ray.cluster_resources()["CPU"]
 
 
+@pytest.mark.slow
 def test_each_actor_has_its_own_bundle(tiny_experiment: Experiment) -> None:
     experiment = tiny_experiment.with_values({"runtime.client_actors": 2})
     assert bundles(experiment) == [{"CPU": 0.5}] * 3
@@ -63,6 +64,7 @@ def test_each_actor_has_its_own_bundle(tiny_experiment: Experiment) -> None:
             assert free.get(f"CPU_group_{index}_{group.id.hex()}", 0) == 0
 
 
+@pytest.mark.slow
 def test_actors_go_on_with_a_broadcast_that_lasts(
     tiny_experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_no_room_in_time_is_said(tiny_experiment: Experiment) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> None:
     experiment = tiny_experiment.with_values({"model.name": "/nowhere"})
     with (
@@ -196,6 +199,7 @@ def test_an_actor_that_cannot_start_says_why(tiny_experiment: Experiment) -> Non
         RayBackend(experiment, group)
 
 
+@pytest.mark.slow
 def test_a_client_alone_is_one_actor(tiny_experiment: Experiment, tmp_path: Path) -> None:
     experiment = tiny_experiment.with_values({"method": "local-only", "federation.rounds": 2})
     assert len(bundles(experiment)) == 1

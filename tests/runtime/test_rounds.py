@@ -93,7 +93,7 @@ def expected(tiny_experiment: Experiment) -> Callable[[str], tuple[Numbers, Floo
     return run
 
 
-@pytest.fixture(scope="module", params=[1, 3])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 3])
 def actors(request: pytest.FixtureRequest, tiny_experiment: Experiment) -> Iterator[RayBackend]:
     experiment = tiny_experiment.with_values({"runtime.client_actors": request.param})
     with (

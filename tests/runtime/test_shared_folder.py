@@ -61,7 +61,7 @@ def test_the_kind_of_a_file_system_is_that_of_its_mount() -> None:
     assert shared_folder._kind(Path("/")) not in shared_folder.NETWORK | {"unknown"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_node_is_asked_before_a_trial_starts(
     tmp_path: Path, tiny_experiment: Experiment
 ) -> None:

@@ -15,7 +15,7 @@ from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from tests.federation.test_loop import numbers
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MEGABYTES = 4.0
 """Growth between rounds 100 and 200 that is no leak; measured: 1."""

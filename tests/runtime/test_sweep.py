@@ -159,11 +159,12 @@ tune_config = tune.TuneConfig(max_concurrent_trials=1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "actors"),
     [
         ("federated", {"Party": 2}),
-        pytest.param("centralised", {"RayTrainWorker": 1}, marks=pytest.mark.slow),
+        ("centralised", {"RayTrainWorker": 1}),
     ],
 )
 @pytest.mark.usefixtures("cluster")
@@ -208,7 +209,7 @@ def two_cpus() -> Iterator[None]:
             remove_placement_group(taken)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("two_cpus")
 def test_more_trials_than_room_of_all_kinds_end_well(space_file: Path) -> None:
     """A centralised trial reserves in one piece what its workers take, as a federated one does."""
