@@ -133,6 +133,46 @@ def test_a_client_actor_dies_at_any_of_its_jobs(
     assert len(sent) == 3 * 5 + 1
 
 
+@pytest.fixture(scope="module")
+def masked(tiny_experiment: Experiment) -> Experiment:
+    """Rounds of secure aggregation."""
+    own = {"secure.threshold": 3, "federation.min_updates": 3, "downlink.bits": 4}
+    return tiny_experiment.with_values(
+        own | {k: v for k, v in STATEFUL.items() if k.startswith("runtime.")}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["server", "client"])
+def test_a_masked_round_that_loses_a_party_has_the_sum_of_all(
+    monkeypatch: pytest.MonkeyPatch, actors: RayBackend, masked: Experiment, lost: str
+) -> None:
+    """The server before a call in the second round; a client's actor while it trains there."""
+    assert actors.begin(masked)
+    kills: list[Any] = []
+
+    def kill_server(number: int, server: ServerActor, *_: Any) -> None:
+        if number == 8:
+            kills.append(server.actor)
+            ray.kill(server.actor)
+
+    def kill_client(self: Job, actor: Any) -> Any:
+        sent.append(self.name)
+        references = original(self, actor)
+        if len(sent) == 6:
+            kills.append(actor)
+            ray.kill(actor)
+        return references
+
+    original, sent = Job.begin, []  # type: ignore[var-annotated]
+    if lost == "server":
+        before_call(monkeypatch, ServerActor, "send", kill_server)
+    else:
+        monkeypatch.setattr(Job, "begin", kill_client)
+    assert run(masked, actors) == numbers(list(Federation(masked, InProcess(masked)).run()))
+    assert len(kills) == 1
+
+
 @pytest.mark.long
 def test_a_client_that_always_kills_its_actor_has_failed_and_is_reported(
     monkeypatch: pytest.MonkeyPatch, backend: RayBackend, experiment: Experiment

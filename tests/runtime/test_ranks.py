@@ -63,6 +63,7 @@ def run(experiment: Experiment, backend: Any) -> list[dict[str, object]]:
     return numbers(federation.history)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_numbers_and_bytes_of_one_process(
     experiment: Experiment, actors: RayBackend, together: list[dict[str, object]]
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_run_has_the_numbers_and_bytes_of_one_process(
     assert close([floor.base, floor.local_only], [other.base, other.local_only])
 
 
+@pytest.mark.slow
 def test_the_same_ranks_serve_the_next_run(
     experiment: Experiment, spread: Experiment, actors: RayBackend
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_server_lost_while_the_first_client_receives_its_base_is_made_good(
     assert close(run(spread.with_values(other), actors), run(alone, InProcess(alone)))
 
 
+@pytest.mark.slow
 def test_what_one_rank_alone_refuses_is_said_with_its_number(
     spread: Experiment, actors: RayBackend
 ) -> None:
