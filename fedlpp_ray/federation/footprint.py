@@ -9,7 +9,9 @@ from torch import nn
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig, Experiment
+from fedlpp_ray.federation.bench import bases_of
 from fedlpp_ray.federation.folding import folding_bytes, residual_numbers
+from fedlpp_ray.federation.watch import is_attackable
 from fedlpp_ray.lora import adapted_numbers, add_adapter, add_residuals
 from fedlpp_ray.models import (
     activation_bytes,
@@ -68,6 +70,9 @@ class Footprint:
         evaluation: Merged and dequantized weights (`lora.merged`), of a server those that
             `server.base_correction` corrects, one layer's activations and the logits of
             evaluation.batch_size texts of full length, and the keys and values of a search.
+        reading: Of a client host, in host memory: the broadcasts that it attacks, each decoded and
+            with both ends of the cells of its codes (`adversary.watch_window` of them, or with
+            `at_end` all). The models of `at_end` are in `evaluation`.
         on_gpu: Whether the party has a share of a GPU.
 
     Of a party that is spread over ranks, all is of one of them: by ZeRO-3 it has its part of the
@@ -82,6 +87,7 @@ class Footprint:
     folding: int
     training: int
     evaluation: int
+    reading: int
     on_gpu: bool
 
     @property
@@ -103,7 +109,11 @@ class Footprint:
     @property
     def peak(self) -> int:
         """On the device that computes. Training and evaluation do not come together."""
-        return self.certain + max(self.training, self.evaluation)
+        return self.certain + self._work
+
+    @property
+    def _work(self) -> int:
+        return max(self.training, self.evaluation + (0 if self.on_gpu else self.reading))
 
     @property
     def host_certain(self) -> int:
@@ -113,17 +123,19 @@ class Footprint:
     @property
     def host(self) -> int:
         """Of the node's memory."""
-        return self.host_certain if self.on_gpu else self.peak
+        return self.host_certain + self.reading if self.on_gpu else self.peak
 
     def words(self) -> str:
         """The terms in MiB."""
-        work = max(self.training, self.evaluation)
+        trains = self._work == self.training
         terms = {
             "process": 0 if self.on_gpu else self.process,
             "weights": self.weights + (0 if self.on_gpu else self.mapped),
             "trained": self.trained,
             "folding": 0 if self.on_gpu else self.folding,
-            "training" if work == self.training else "evaluation": work,
+            "training": self.training if trains else 0,
+            "evaluation": 0 if trains else self.evaluation,
+            "reading": 0 if trains or self.on_gpu else self.reading,
         }
         return " + ".join(f"{name} {size / MIB:.0f}" for name, size in terms.items() if size) + (
             " MiB"
@@ -174,15 +186,21 @@ def estimate(experiment: Experiment, role: Role) -> Footprint:
     made = stored
     if half:  # of what is frozen, packed layers excepted
         made += (_frozen_bytes(model) - dense + stored * config.dequantize_at_load) // 2
+    attacks = role == "client" and attacked_at_once(experiment) > 0
+    weights = fitted + (moved if on_gpu else 0 if maps else made)
     whole = Footprint(
         process=PROCESS,
         loading=loading,
         shared=made if maps else 0,
-        weights=fitted + (moved if on_gpu else 0 if maps else made),
+        weights=weights,
         trained=_trained(model, experiment, trains=trains),
         folding=0 if trains else folding_bytes(model, experiment),
         training=training + folded * learns,
-        evaluation=evaluation + folded + (merged // 2 if half else merged),
+        evaluation=evaluation
+        + folded
+        + (merged // 2 if half else merged)
+        + (_attacking(experiment, weights, loading, on_gpu) if attacks else 0),
+        reading=_reading(model, experiment) if attacks else 0,
         on_gpu=on_gpu,
     )
     if party.zero.stage != 3:
@@ -223,8 +241,34 @@ def _together(server: Footprint, client: Footprint) -> Footprint:
         folding=server.folding,
         training=client.training,
         evaluation=max(server.evaluation, client.evaluation),
+        reading=client.reading,
         on_gpu=client.on_gpu,
     )
+
+
+def _attacking(experiment: Experiment, weights: int, loading: int, on_gpu: bool) -> int:
+    """The models of `adversary.at_end`: the client's once more, W0, and W0 + R."""
+    if not experiment.adversary.at_end:
+        return 0
+    bases = bases_of(experiment)
+    return weights + loading * (("corrected" in bases) + (on_gpu and "public" in bases))
+
+
+def attacked_at_once(experiment: Experiment) -> int:
+    """Number of broadcasts that a client host reads at most to attack them; an edition is one."""
+    config, downlink = experiment.adversary, experiment.downlink
+    if not is_attackable(experiment):
+        return 0
+    made = 1 + experiment.federation.rounds // downlink.every
+    read = made if config.at_end else min(made, config.watch_window) if config.watch else 0
+    return read * (config.colluders if downlink.individual else 1)
+
+
+def _reading(model: nn.Module, experiment: Experiment) -> int:
+    """Of these broadcasts."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ends = 2 * (experiment.downlink.bits != FULL_PRECISION)
+    return FP32 * trained * (1 + ends) * attacked_at_once(experiment)
 
 
 def _length(experiment: Experiment) -> int:

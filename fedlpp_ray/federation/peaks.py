@@ -14,7 +14,10 @@ from fedlpp_ray.assets import cache_folder
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.footprint import Footprint, Role, estimate
 
-_WHOLE = ("method", "model", "task", "generation", "adapter", "lora", "emulator", "server")
+_WHOLE = (
+    *("method", "model", "task", "generation", "adapter", "lora", "emulator", "server"),
+    "adversary",
+)
 _NOT_MEMORY = {"lr", "schedule", "warmup", "round_schedule", "weight_decay", "max_broadcast_norm"}
 """Keys of `client` that memory does not depend on."""
 
@@ -110,6 +113,7 @@ def _note(experiment: Experiment) -> Path:
         "uplink.error_feedback": experiment.uplink.error_feedback,
         "evaluation.batch_size": experiment.evaluation.batch_size,
         "cohort": experiment.federation.cohort_size,
+        "attacked": experiment.federation.rounds if experiment.adversary.at_end else None,
         "threads": runtime.threads,
         "gpus": [runtime.server_gpus > 0, runtime.client_gpus > 0],
         "libraries": [version(name) for name in ("torch", "transformers", "peft")],

@@ -12,8 +12,10 @@ import torch
 from fedlpp_ray.aggregation import Method
 from fedlpp_ray.aggregation.methods import mean_update
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation import footprint, peaks
+from fedlpp_ray.federation import Federation, footprint, peaks
 from fedlpp_ray.federation.footprint import estimate, out_of_memory_advice
+from fedlpp_ray.federation.in_process import InProcess
+from fedlpp_ray.federation.ladder import Ladder
 from fedlpp_ray.federation.peaks import (
     expected_peak,
     in_process_line,
@@ -21,6 +23,7 @@ from fedlpp_ray.federation.peaks import (
     remember_peaks,
 )
 from fedlpp_ray.federation.server import Server
+from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.lora import add_adapter, merged, store_in_bf16
 from fedlpp_ray.models import (
     activation_bytes,
@@ -164,6 +167,54 @@ def test_a_final_model_and_a_corrected_base_count_at_the_server(
     assert estimate(quantized.with_values(final), "server").training > 0
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"downlink.bits": 2, "federation.rounds": 9, "downlink.every": 2},
+        {"downlink.bits": 2, "downlink.rotate": "client", "adversary.colluders": 2},
+    ],
+    ids=str,
+)
+def test_reading_counts_the_broadcasts_that_a_ladder_holds(
+    tiny_experiment: Experiment, values: dict[str, object]
+) -> None:
+    experiment = tiny_experiment.with_values(
+        {"adversary.at_end": "all", "federation.clients": 2, "federation.client_fraction": 1.0}
+        | values
+    )
+    kept: dict[int, Broadcast] = {}
+    federation = Federation(experiment, InProcess(experiment), kept.__setitem__)
+    list(federation.run())
+    received = Ladder(experiment, kept, federation.history).view.received
+    most = footprint.attacked_at_once(experiment)
+    # After the last round, of editions, only the client that is measured is sent one.
+    assert len(received) == most - ("downlink.rotate" in values)
+    ends = [end for each in received for pair in each.cells.values() for end in pair]
+    held = sum(t.nbytes for each in received for t in each.state.values())
+    # The head has three classes, the estimate two.
+    each = estimate(experiment, "client").reading / most
+    assert each * len(received) == pytest.approx(held + sum(end.nbytes for end in ends), rel=0.05)
+
+
+def test_who_attacks_at_the_end_has_the_models_for_it(tiny_experiment: Experiment) -> None:
+    plain = tiny_experiment.with_values({"client.base_bits": 4, "downlink.bits": 2})
+    watching, ladder = estimate(plain, "client"), plain.with_values({"adversary.at_end": "all"})
+    card = {"runtime.client_gpus": 0.5}
+    found, base = estimate(ladder.with_values(card), "client"), watching.loading
+    before = estimate(plain.with_values(card), "client")
+    assert found.evaluation - before.evaluation == before.weights + base
+    assert estimate(ladder, "client").evaluation == watching.evaluation  # mapped, once a node
+    corrected = ladder.with_values({"server.base_correction": 8})
+    assert estimate(corrected, "client").evaluation == watching.evaluation + base
+    proprietary = ladder.with_values(card | {"adversary.base": "proprietary"})
+    assert estimate(proprietary, "client").evaluation - before.evaluation == before.weights
+    blind = estimate(plain.with_values({"adversary.watch": []}), "client")
+    assert (blind.reading, estimate(ladder, "server").reading) == (0, 0)
+    assert 0 < watching.reading <= estimate(ladder, "client").reading
+    assert found.host == found.host_certain + found.reading
+
+
 def _of_cohort(experiment: Experiment, cohort: int, method: str) -> int:
     values = {"clients": 1000, "client_fraction": None, "cohort": cohort}
     values = {f"federation.{key}": value for key, value in values.items()}
@@ -266,8 +317,9 @@ def test_on_a_gpu_the_process_is_the_hosts(tiny_experiment: Experiment) -> None:
     found = estimate(tiny_experiment.with_values({"runtime.client_gpus": 0.5}), "client")
     here = estimate(tiny_experiment, "client")
     assert found.weights == here.loading
-    assert found.peak == here.peak - footprint.PROCESS
-    assert found.host == footprint.PROCESS + here.loading
+    blind = estimate(tiny_experiment.with_values({"adversary.watch": []}), "client")
+    assert found.peak == blind.peak - footprint.PROCESS
+    assert found.host == footprint.PROCESS + here.loading + here.reading
 
 
 def test_a_generator_counts_its_logits(tmp_path: Path, tiny_experiment: Experiment) -> None:
@@ -306,6 +358,7 @@ def test_measured_comes_before_estimated(cache: Path, tiny_experiment: Experimen
         "task.max_length": 8,
         "runtime.client_gpus": 1.0,
         "evaluation.batch_size": 3,
+        "adversary.at_end": "all",
     }.items():
         assert known_peaks(tiny_experiment.with_values({key: value})) == {}
 
