@@ -2,10 +2,10 @@
 
     python -m benchmarks.distances RUN [adversary.key=value ...]
 
-A row is an attack that only reads broadcasts: ||attack - S|| / ||S|| over every tensor that is
-sent, and of the products B A of all layers, which no gauge changes. S is the server's state after
-the last round, or its final model where the run ends with one. For adversaries that know the
-architecture.
+A row is an attack that only reads broadcasts, but for means at a higher rank: ||attack - S|| / ||S||
+over every tensor that is sent, and of the products B A of all layers, which no gauge changes. S is
+the server's state after the last round, or its final model where the run ends with one. For
+adversaries that know the architecture.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def measure(run: Path, overrides: Sequence[str]) -> dict[str, tuple[float, float
     for name, known in attacks_of(experiment)[0].items():
         if known.level == "broadcast":
             state = known.attack(view)
+            if state.keys() > server.keys():  # a mean at a higher rank is no adapter of S's shape
+                continue
             found[name] = (of_weights(state, server), of_products(state, server))
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
