@@ -2,10 +2,10 @@
 
     python -m benchmarks.distances RUN [adversary.key=value ...]
 
-A row is an attack that only reads broadcasts, but for means at a higher rank: ||attack - S|| / ||S||
-over every tensor that is sent, and of the products B A of all layers, which no gauge changes. S is
-the server's state after the last round, or its final model where the run ends with one. For
-adversaries that know the architecture.
+A row is an attack that only reads broadcasts, but for means at a higher rank. Its distance is
+||attack - S|| / ||S|| over every tensor that is sent, and of the products B A of all layers, which
+no gauge changes. S is the server's state after the last round, or its final model where the run
+ends with one. For adversaries that know the architecture.
 """
 
 from __future__ import annotations
