@@ -81,7 +81,7 @@ def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
         if row["status"] != "finished":
             last = row.get(ROUND, math.nan)
-            after = "" if math.isnan(last) else f" after round {last:.0f}"
+            after = "" if math.isnan(last) else f" at {last:.0f}"
             cells[list(_COLUMNS).index(PROTECTION)] = f"{row['status']}{after}"
             cells[list(_COLUMNS).index(FINAL_UTILITY)] = _cell(SERVER_UTILITY, row[SERVER_UTILITY])
         shown.add_row("*" if row[BEST] else "", *[short(row[key]) for key in keys], *cells)

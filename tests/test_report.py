@@ -73,7 +73,7 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
     assert "undefined" in undefined
     assert failed.split() == ["8", "4", "-", "-", "-", "-", "-", "failed", "-", "-"]
     assert "1.000" in stopped
-    assert "stopped after round 1" in stopped
+    assert "stopped at 1" in stopped
 
 
 def test_a_search_of_many_keys_is_shown_in_full() -> None:

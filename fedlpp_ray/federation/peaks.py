@@ -14,9 +14,8 @@ from fedlpp_ray.assets import cache_folder
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.footprint import Footprint, Role, estimate
 
-_WHOLE = """
-    method model task generation adapter lora emulator server adversary
-""".split()
+_WHOLE = ["method", "model", "task", "generation", "adapter", "lora", "emulator", "server"]
+_WHOLE += ["adversary"]
 _NOT_MEMORY = {"lr", "schedule", "warmup", "round_schedule", "weight_decay", "max_broadcast_norm"}
 """Keys of `client` that memory does not depend on."""
 
