@@ -77,6 +77,7 @@ def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
     """The summary for the terminal; a star marks the non-dominated trials."""
     titles = [key.rpartition(".")[2].replace("_", " ") for key in keys]  # words, to break lines at
     shown = Table("", *titles, *_COLUMNS.values(), box=None)
+    shown.columns[1 + len(keys) + list(_COLUMNS).index(PROTECTION)].no_wrap = True
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
         if row["status"] != "finished":

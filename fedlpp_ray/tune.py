@@ -105,7 +105,7 @@ def _show(
     folder.mkdir(parents=True, exist_ok=True)
     table = report.summarize(outcomes, space.keys, space.objectives)
     table.to_csv(folder / "sweep.csv", index=False)
-    Console(width=160).print(report.console_table(table, space.keys))
+    Console(width=168).print(report.console_table(table, space.keys))
     console.print(f"* not dominated in: {', '.join(space.objectives)}")
     for outcome in outcomes:
         if outcome.error:

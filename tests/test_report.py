@@ -64,7 +64,7 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
     assert list(table["downlink.bits"]) == [2, 4, 8, 3]
     assert list(table["non_dominated"]) == [True, False, False, False]
     assert list(table["status"]) == ["finished", "finished", "failed", "stopped"]
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=168, record=True, file=io.StringIO())
     console.print(console_table(table, ["downlink.bits", "lora.rank"]))
     best, undefined, failed, stopped = console.export_text().splitlines()[1:]
     assert best.split()[:3] == ["*", "2", "4"]
@@ -79,11 +79,15 @@ def test_failed_and_undefined_trials_stay_in_the_table(outcomes: list[TrialOutco
 def test_a_search_of_many_keys_is_shown_in_full() -> None:
     keys = ["downlink.bits", "downlink.kind", "downlink.block", "downlink.full_precision_head"]
     keys += ["client.base_bits", "lora.rank", "federation.client_fraction", "defence"]
-    config = dict(zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "norm"], strict=True))
+    config = dict(
+        zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "rotate-each"], strict=True)
+    )
     stopped = TrialOutcome("1", config, {"server/utility": 0.5, "round": 4.0}, None)
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=168, record=True, file=io.StringIO())
     console.print(console_table(summarize([stopped], keys, OBJECTIVES), keys))
-    words = console.export_text().split()
+    text = console.export_text()
+    words = text.split()
+    assert "stopped at 4" in text
     assert set(map(str, config.values())) | {"full", "precision", "head", "fraction"} <= set(words)
     assert not any("…" in word for word in words)
 
