@@ -120,6 +120,7 @@ SMALL = ("model", "task", "federation")
 """Sections that make an experiment tiny and leave its method as it is."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_every_shipped_method_runs_from_the_command_line(
     path: Path,

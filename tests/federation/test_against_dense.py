@@ -54,6 +54,7 @@ def test_uniform_weights_bit_for_bit_and_uneven_shares(tiny_experiment: Experime
         compare(tiny_experiment.with_values(values), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["residual", "replace", "pull"])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quantized_downlink(tiny_experiment: Experiment, rule: str, bits: int) -> None:

@@ -304,6 +304,7 @@ def test_other_adapters_go_with_what_is_not_lora_alone(deep: Experiment) -> None
         assert len(run(experiment)) == 2
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_five_way_table(
     deep: Experiment, monkeypatch: pytest.MonkeyPatch, values: dict[str, object]

@@ -59,14 +59,12 @@ def run(group: Group, experiment: Experiment, values: dict[str, object]) -> Any:
     return [*numbers(federation.history), floor.base, floor.local_only]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "zero",
-    [pytest.param({}, id="whole"), pytest.param(CLIENT, id="spread", marks=pytest.mark.slow)],
+    [pytest.param({}, id="whole"), pytest.param(CLIENT, id="spread")],
 )
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "flexlora")) for kind in TOGETHER],
-)
+@pytest.mark.parametrize("kind", TOGETHER)
 def test_two_ranks_make_the_run_of_one(
     experiment: Experiment, two: Ranks, kind: str, zero: dict[str, object]
 ) -> None:

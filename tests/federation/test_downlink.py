@@ -157,6 +157,7 @@ def test_what_cannot_be_right_is_refused_with_the_reason(
         preflight.check([tiny_experiment.with_values(values)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flora", "fedex-lora", "flexlora", "lora-fair", "fedsa-lora"])
 def test_a_broadcast_may_last_with_methods_that_take_the_mean(
     tiny_experiment: Experiment, name: str

@@ -133,6 +133,7 @@ def folder(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
     return made
 
 
+@pytest.mark.slow
 def test_protection_is_of_the_final_model_in_the_run_and_under_attack(folder: Path) -> None:
     outcome = json.loads((folder / "run" / "result.json").read_text())
     final, last = outcome["final"]["server"], outcome["history"][-1]["server"]

@@ -58,11 +58,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size",
     [
         pytest.param((64, 2), id="tiny"),
-        pytest.param((384, 6), id="as wide and deep as MiniLM", marks=pytest.mark.slow),
+        pytest.param((384, 6), id="as wide and deep as MiniLM"),
     ],
 )
 def test_the_estimate_is_near_what_a_process_takes(

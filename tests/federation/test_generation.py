@@ -140,6 +140,7 @@ def test_a_classifier_is_refused_for_text(experiment: Experiment, tiny_model: Pa
         preflight.check([experiment.with_values({"model.name": str(tiny_model)})])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["federated", "local-only"])
 @pytest.mark.parametrize("kind", ["prompt", "layers"])
 def test_a_generator_has_the_other_adapters_and_an_emulator(

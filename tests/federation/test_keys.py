@@ -33,6 +33,7 @@ def digest(experiment: Experiment) -> str:
     return backend.aggregate(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -58,6 +58,7 @@ def test_a_method_learns_and_continues_after_an_interruption(
     assert (outcome["protection"]["server"] is None) == (name == "fedsa-lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flora", "fedex-lora"])
 def test_what_is_written_into_the_base_reaches_clients_only_if_it_is_sent(
     tiny_experiment: Experiment, name: str
@@ -176,6 +177,7 @@ def test_a_client_of_a_smaller_rank_trains_as_if_its_adapter_were_of_that_rank(
         torch.testing.assert_close(updates[0][0][name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flexlora", "hetlora", "flora"])
 def test_clients_of_several_ranks_are_sent_and_send_their_own(
     tiny_experiment: Experiment, name: str

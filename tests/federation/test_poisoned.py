@@ -286,6 +286,7 @@ def test_a_replay_or_an_impostor_is_refused(target: Target) -> None:
     assert target.finish() == expected
 
 
+@pytest.mark.slow
 def test_flipped_data_is_refused_or_a_legal_update(target: Target) -> None:
     """Any bits are some number. What is accepted is finite, and within the norm."""
     good, before = target.update(VICTIM), target.held()

@@ -93,6 +93,7 @@ def clean(tiny_experiment: Experiment) -> tuple[State, float]:
     return state, apart(state, Server(mean)._state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["together", "apart"])
 @pytest.mark.parametrize("rule", ["none", *ROBUST])
 def test_attackers_carry_off_the_mean_and_no_robust_rule(
@@ -291,6 +292,7 @@ def test_the_fewest_updates_are_enough(
             preflight.check([experiment.with_values({"federation.min_updates": needed - 1})])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

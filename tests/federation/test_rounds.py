@@ -435,6 +435,7 @@ def test_the_calls_of_a_run_are_those_counted_by_hand(
     assert len(backend.calls) == CALLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", range(1, CALLS + 1))
 def test_a_server_lost_in_any_call_changes_no_bit(
     short: Experiment, expected: list[dict[str, object]], call: int

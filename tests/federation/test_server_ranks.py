@@ -135,6 +135,7 @@ def trained(group: Group, experiment: Experiment) -> Any:
     return [first.loss, second.loss, *measured, floor.base, floor.local_only, states]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [{}, {"client.base_bits": 4} | CLIENT, CLIENT, {"client.proximal": 0.1} | CLIENT],
@@ -173,6 +174,7 @@ def given(group: Group, experiment: Experiment) -> Any:
     return before, after, state != trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("values", ADAPTERS, ids=lambda values: " ".join(map(str, values.values())))
 def test_what_a_server_that_trains_gives_away_stays_the_base_of_one_process(

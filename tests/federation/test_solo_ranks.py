@@ -92,6 +92,7 @@ def whole_and_resumed(group: Group, experiment: Experiment, folder: Path) -> Any
     return numbers(whole.history), numbers(resumed.history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [{}, SERVER, STAGE_2], ids=["whole", "base", "optimizer"])
 def test_a_resumed_run_has_the_same_bits(
     tiny_experiment: Experiment, two: Ranks, tmp_path: Path, zero: dict[str, object]

@@ -199,6 +199,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_parts_are_the_base_that_a_client_would_make_of_the_checkpoint(

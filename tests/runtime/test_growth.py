@@ -57,6 +57,7 @@ def test_machines_of_ones_own_have_what_nobody_has_said() -> None:
     assert launched(own).kinds == ((room.UNKNOWN, 2),)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_without_an_autoscaler_nothing_grows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

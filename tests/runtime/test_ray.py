@@ -36,6 +36,7 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_no_actor_and_no_reservation_is_left(tiny_experiment: Experiment) -> None:
     experiment = tiny_experiment.with_values({"federation.rounds": 1})
     with reserve(experiment) as group, closing(RayBackend(experiment, group)) as backend:

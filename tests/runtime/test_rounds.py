@@ -93,6 +93,10 @@ def expected(tiny_experiment: Experiment) -> Callable[[str], tuple[Numbers, Floo
     return run
 
 
+QUICK = ("default", "secure aggregation")
+"""Kinds that the default tests run."""
+
+
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 3])
 def actors(request: pytest.FixtureRequest, tiny_experiment: Experiment) -> Iterator[RayBackend]:
     experiment = tiny_experiment.with_values({"runtime.client_actors": request.param})
@@ -119,7 +123,10 @@ def numbers_of(federation: Federation) -> Numbers:
     return numbers(federation.history) + final
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS],
+)
 def test_one_and_three_actors_give_the_bits_of_one_process(
     tiny_experiment: Experiment,
     actors: RayBackend,

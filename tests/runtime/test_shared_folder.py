@@ -38,12 +38,14 @@ def grows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_machine_alone_shares_with_itself(tmp_path: Path) -> None:
     with connect():
         check_shared(str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("grows")
 def test_nodes_to_come_need_a_file_system_of_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

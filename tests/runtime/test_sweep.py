@@ -78,6 +78,7 @@ def test_failed_and_stopped_trials_cost_only_themselves(space_file: Path) -> Non
     check_nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_does_not_wait_for_ever(space_file: Path) -> None:
     space = load_space(space_file, ["runtime.start_timeout=5.0", "runtime.client_cpus=1.0"])

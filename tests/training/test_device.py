@@ -41,6 +41,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         configure_torch(1, 0.5)
 
 
+@pytest.mark.slow
 def test_the_peak_is_of_this_process_alone() -> None:
     """ru_maxrss of a new process is at first its parent's."""
     ballast = bytearray(b"\1" * (700 << 20))
@@ -64,6 +65,7 @@ def test_the_peak_on_a_gpu_is_the_allocators(
     assert process_peak() == 7
 
 
+@pytest.mark.slow
 def test_threads_hold_in_every_thread_of_a_process() -> None:
     code = (
         "import threading, torch; from fedlpp_ray.training import configure_torch as c; c(3, 0); "

@@ -66,8 +66,9 @@ def train(group: Group, examples: Encoded, rule: str) -> tuple[float, State]:
     return loss, {name: p.detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["none", "FedProx", "SCAFFOLD"])
-@pytest.mark.parametrize("size", ["two", pytest.param("four", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["two", "four"])
 def test_experts_that_only_some_ranks_reach_are_trained_as_by_one_process(
     request: pytest.FixtureRequest, size: str, rule: str
 ) -> None:
