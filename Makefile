@@ -26,7 +26,8 @@ ui: $(INSTALLED)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow.db --host 127.0.0.1 --port 5000
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not long' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not long' --ignore tests/runtime --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not long' tests/runtime  # one cluster at a time
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow and not long' --numprocesses 2 --dist loadfile
