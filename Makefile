@@ -30,7 +30,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow and not long' tests/runtime  # one cluster at a time
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not long' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'slow and not long'
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

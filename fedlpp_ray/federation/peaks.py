@@ -14,8 +14,7 @@ from fedlpp_ray.assets import cache_folder
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.footprint import Footprint, Role, estimate
 
-_WHOLE = ["method", "model", "task", "generation", "adapter", "lora", "emulator", "server"]
-_WHOLE += ["adversary"]
+_WHOLE = ("method", "model", "task", "generation", "adapter", "lora", "emulator", "server")
 _NOT_MEMORY = {"lr", "schedule", "warmup", "round_schedule", "weight_decay", "max_broadcast_norm"}
 """Keys of `client` that memory does not depend on."""
 
@@ -111,6 +110,7 @@ def _note(experiment: Experiment) -> Path:
         "uplink.error_feedback": experiment.uplink.error_feedback,
         "evaluation.batch_size": experiment.evaluation.batch_size,
         "cohort": experiment.federation.cohort_size,
+        "adversary": values["adversary"],
         "attacked": experiment.federation.rounds if experiment.adversary.at_end else None,
         "threads": runtime.threads,
         "gpus": [runtime.server_gpus > 0, runtime.client_gpus > 0],

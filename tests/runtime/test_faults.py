@@ -147,7 +147,7 @@ def masked(tiny_experiment: Experiment) -> Experiment:
 def test_a_masked_round_that_loses_a_party_has_the_sum_of_all(
     monkeypatch: pytest.MonkeyPatch, actors: RayBackend, masked: Experiment, lost: str
 ) -> None:
-    """The server before a call in the second round; a client's actor while it trains there."""
+    """The server before one of its calls; a client's actor while it has a job."""
     assert actors.begin(masked)
     kills: list[Any] = []
 
