@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
+from rich.console import Console
 
 from benchmarks import page
 from fedlpp_ray.aggregation.products import combine, product
-from fedlpp_ray.config import Experiment, parse_overrides
+from fedlpp_ray.command_line import run_command
+from fedlpp_ray.config import ConfigError, Experiment, parse_overrides
 from fedlpp_ray.federation.checkpoint import trained
 from fedlpp_ray.federation.ladder import Ladder
 from fedlpp_ray.federation.means import attacks_of
@@ -32,10 +35,19 @@ COLUMNS = ["attack", "weights", "products"]
 
 
 def measure(run: Path, overrides: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The two distances of each attack, the nearest in weights first."""
+    """The two distances of each attack, the nearest in weights first.
+
+    Raises:
+        UserError: the run cannot be read, or its adversary does not know the architecture.
+    """
     outcome = read_result(run)
     experiment = Experiment.from_dict(outcome["config"], str(run / RESULT))
     experiment = experiment.with_values(parse_overrides(overrides))
+    if experiment.adversary.architecture != "known":
+        raise ConfigError(
+            f"adversary.architecture '{experiment.adversary.architecture}' numbers the tensors, "
+            "and distances are by name; allowed: known"
+        )
     folder = RunFolder(run, experiment)
     history = [RoundRecord.from_dict(record) for record in outcome["history"]]
     view = Ladder(experiment, folder.kept(), history).view
@@ -68,8 +80,8 @@ def of_products(state: State, server: State) -> float:
     return math.sqrt(off / norm)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table of a run."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of a run; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distances",
         description=__doc__,
@@ -78,10 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("overrides", nargs="*", metavar="adversary.key=value")
     options = parser.parse_args(arguments)
-    found = measure(options.run, options.overrides)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    return run_command(lambda: _print(options.run, options.overrides), console)
+
+
+def _print(run: Path, overrides: Sequence[str]) -> int:
+    found = measure(run, overrides)
     cells = [[name, *(f"{distance:.3f}" for distance in pair)] for name, pair in found.items()]
     print(page.rows(COLUMNS, cells))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -233,7 +233,9 @@ def test_the_last_broadcast_of_full_precision_is_the_server(
     (tmp_path / "x.yaml").write_text(dump_experiment(experiment, "x", "x"), encoding="utf-8")
     options = ["--output", str(tmp_path / "run"), "--in-process"]
     assert train.main([str(tmp_path / "x.yaml"), *options]) == 0
-    distances.main([str(tmp_path / "run")])
+    assert distances.main([str(tmp_path / "run"), "adversary.architecture=unknown"]) == 2
+    assert "by name; allowed: known" in capsys.readouterr().err
+    assert distances.main([str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = {name: x for name, *x in (line.strip("| ").split(" | ") for line in lines)}
     assert {"last-broadcast", "mean-products", "interval"} <= cells.keys()

@@ -147,30 +147,34 @@ def masked(tiny_experiment: Experiment) -> Experiment:
 def test_a_masked_round_that_loses_a_party_has_the_sum_of_all(
     monkeypatch: pytest.MonkeyPatch, actors: RayBackend, masked: Experiment, lost: str
 ) -> None:
-    """The server before one of its calls; a client's actor while it has a job."""
+    """The server once it holds masked updates; a client's actor while it is to mask one."""
     assert actors.begin(masked)
-    kills: list[Any] = []
+    killed: list[str] = []
+    calls: list[str] = []
 
-    def kill_server(number: int, server: ServerActor, *_: Any) -> None:
-        if number == 8:
-            kills.append(server.actor)
+    def kill_server(_: int, server: ServerActor, method: str, *__: Any) -> None:
+        calls.append(method)
+        if calls.count("exchange") == 7 and not killed:  # 4 a round; 7 asks who has come in round 2
+            killed.append(calls[-2])
             ray.kill(server.actor)
 
     def kill_client(self: Job, actor: Any) -> Any:
-        sent.append(self.name)
         references = original(self, actor)
-        if len(sent) == 6:
-            kills.append(actor)
+        if self.name.startswith("round 2, client") and not killed:
+            killed.append(self.name)
             ray.kill(actor)
         return references
 
-    original, sent = Job.begin, []  # type: ignore[var-annotated]
+    original = Job.begin
     if lost == "server":
         before_call(monkeypatch, ServerActor, "send", kill_server)
     else:
         monkeypatch.setattr(Job, "begin", kill_client)
     assert run(masked, actors) == numbers(list(Federation(masked, InProcess(masked)).run()))
-    assert len(kills) == 1
+    assert len(killed) == 1
+    if lost == "server":
+        print(calls)
+        assert calls[: calls.index("aggregate")].count("exchange") == 4
 
 
 @pytest.mark.long
