@@ -9,12 +9,15 @@ from pydantic import BeforeValidator, Field
 from fedlpp_ray.config.section import Name, Positive, Section
 
 Watched = Literal[
+    "unmasked-broadcast",
     "mean-factors",
     "mean-products",
     "recent-factors",
     "recent-products",
     "trend",
+    "trend-products",
     "interval",
+    "intersection",
     "crossings",
     "aligned-last",
     "aligned-factors",

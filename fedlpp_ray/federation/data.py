@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlpp_ray.config import ClientConfig, Experiment
+from fedlpp_ray.config import ClientConfig, Experiment, GenerationConfig
 from fedlpp_ray.federation.sampling import strongest_client
 from fedlpp_ray.models import Base, load_tokenizer, model_identity, share_base
 from fedlpp_ray.tasks import (
@@ -39,6 +39,10 @@ from fedlpp_ray.training import (
     generation_scorer,
     write,
 )
+
+Answering = Callable[[Encoded, nn.Module, torch.device], Encoded]
+"""Texts without an answer to the same with what a model writes greedily, if there is anything to
+write."""
 
 
 class FederatedText:
@@ -134,27 +138,19 @@ class FederatedText:
             raise TaskError(f"adversary.auxiliary: each text of '{data}' is held out")
         return kept
 
-    def answered(self, texts: Encoded, model: nn.Module, device: torch.device) -> Encoded:
-        """Texts of `auxiliary` with what a model writes greedily, if there is anything to write."""
+    def answering(self) -> Answering:
+        """What answers texts of `auxiliary`; of the data it knows nothing."""
         if self.classes is not None:
-            return texts
-        generation, wording = self._experiment.generation, self._wording()
-        written = write(
-            model.eval(),
-            [ids.tolist() for ids, _ in texts],
-            generation.model_copy(update={"beams": 1}),
+            return _as_they_are
+        generation = self._experiment.generation.model_copy(update={"beams": 1})
+        size = self._experiment.evaluation.batch_size
+        return partial(
+            _answered,
+            wording=self._wording(),
+            generation=generation,
             pad=self.pad,
-            stop=wording.stop,
-            batch_size=self._experiment.evaluation.batch_size,
-            device=device,
+            batch_size=size,
         )
-        # Where a text was cut, what would come next stands where the end token is.
-        ends = [torch.tensor([*tokens, wording.stop[0]]) for tokens in written]
-        return [
-            (torch.cat([ids, end]), torch.cat([nothing, end]))
-            for (ids, nothing), end in zip(texts, ends, strict=True)
-            if isinstance(nothing, Tensor)
-        ]
 
     def steps(self, client: int) -> int:
         """Optimizer steps that a client makes in a round."""
@@ -172,6 +168,38 @@ class FederatedText:
     def of_clients(self, indices: Indices) -> Tokens:
         """Clients' examples by their numbers in the partition."""
         return self._train.take(indices)
+
+
+def _as_they_are(texts: Encoded, _model: nn.Module, _device: torch.device) -> Encoded:
+    return texts
+
+
+def _answered(
+    texts: Encoded,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    wording: Wording,
+    generation: GenerationConfig,
+    pad: int,
+    batch_size: int,
+) -> Encoded:
+    written = write(
+        model.eval(),
+        [ids.tolist() for ids, _ in texts],
+        generation,
+        pad=pad,
+        stop=wording.stop,
+        batch_size=batch_size,
+        device=device,
+    )
+    # Where a text was cut, what would come next stands where the end token is.
+    ends = [torch.tensor([*tokens, wording.stop[0]]) for tokens in written]
+    return [
+        (torch.cat([ids, end]), torch.cat([nothing, end]))
+        for (ids, nothing), end in zip(texts, ends, strict=True)
+        if isinstance(nothing, Tensor)
+    ]
 
 
 def load_base(experiment: Experiment, text: FederatedText) -> nn.Module:

@@ -9,8 +9,8 @@ from torch import nn
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import FULL_PRECISION, ClientConfig, Experiment
-from fedlpp_ray.federation.bench import bases_of
 from fedlpp_ray.federation.folding import folding_bytes, residual_numbers
+from fedlpp_ray.federation.held import bases_of
 from fedlpp_ray.federation.watch import is_attackable
 from fedlpp_ray.lora import adapted_numbers, add_adapter, add_residuals
 from fedlpp_ray.models import (

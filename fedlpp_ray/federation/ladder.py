@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.bench import Bench
+from fedlpp_ray.federation.colluders import Colluders, own_text
 from fedlpp_ray.federation.compared import score_server
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import emulate
+from fedlpp_ray.federation.held import held_of
+from fedlpp_ray.federation.means import means_of
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.federation.sampling import colluders
 from fedlpp_ray.federation.threat import threat_of
 from fedlpp_ray.federation.wire import Broadcast, Wire
 from fedlpp_ray.privacy import Scores
 from fedlpp_ray.privacy.attacks import Known
 from fedlpp_ray.privacy.sealed import Sealed
-from fedlpp_ray.privacy.view import Base, Tools, View
+from fedlpp_ray.privacy.view import Base, Returns, Tools, View
 from fedlpp_ray.state import State, schema_of
 from fedlpp_ray.tasks import UTILITY, Metrics
 from fedlpp_ray.training import Scored, configure_torch
@@ -125,27 +129,41 @@ class Ladder:
         emulator = None
         if experiment.emulator.kind != "none":
             emulator = emulate(experiment, text, load_base(experiment, text), device)
-        self._bench = Bench(experiment, text, device, emulator)
-        self.bases = self._bench.bases
+        held, clients = (
+            held_of(experiment, text, device, emulator),
+            colluders(experiment, text.examples),
+        )
+        self._bench = Bench(experiment, text, held, device)
+        own, means = own_text(experiment, text, clients), means_of(experiment)
+        self._auxiliary, self.bases = len(own.auxiliary), tuple(held)
+        tools: Tools = Colluders(experiment, own, held, means, device)
         self._experiment = experiment
-        readable = self._readable(broadcasts, history)
+        history = list(history)
+        readable = self._readable(clients, broadcasts, history)
         wire = Wire(experiment, schema_of(self._bench.initial))
         reader = Reader(experiment, wire, self._bench.initial)
         received = tuple(reader.read(broadcasts, readable))
-        tools: Tools = self._bench
+        returns = self._returns(clients, history) if "returns" in means else None
         self._open: Callable[[State], State] = dict
-        if "architecture" not in tools.means:
-            sealed = Sealed(self._bench, self._bench.initial)
+        if "architecture" not in means:
+            sealed = Sealed(tools, self._bench.initial)
             received, tools = tuple(map(sealed.seal, received)), sealed
-            self._open = sealed.open
+            self._open, returns = sealed.open, None
         if not received:
             raise UserError(
                 f"adversary.rounds '{experiment.adversary.rounds}': client "
-                f"{' and '.join(map(str, sorted(self._bench.clients)))} received no broadcast in "
+                f"{' and '.join(map(str, sorted(clients)))} received no broadcast in "
                 f"{len(broadcasts)} that were sent; more adversary.colluders or "
                 "adversary.rounds 'all' have some"
             )
-        self.view = View(received, experiment.lora.rank, tools, readable)
+        self.view = View(
+            received,
+            experiment.lora.rank,
+            tools,
+            readable,
+            averaged=experiment.server.final_average,
+            returns=returns,
+        )
 
     def run(self, attacks: Mapping[str, Known], broadcasts: int | None = None) -> Iterator[Outcome]:
         """Each attack in each base that the adversary has, and what it came to.
@@ -191,7 +209,7 @@ class Ladder:
             return {}
         return {
             f"tuned alone{ON[base]}": self._bench.score(
-                self._bench.tune(self._bench.initial, base), base
+                self.view.tools.tune(self._bench.initial, base), base
             )
             for base in self.bases
         }
@@ -203,7 +221,7 @@ class Ladder:
             self._experiment,
             clients=sorted(self.view.tools.clients),
             bases=self.bases,
-            texts=self._bench.auxiliary,
+            texts=self._auxiliary,
             broadcasts=len(self.view.received),
         )
 
@@ -217,18 +235,35 @@ class Ladder:
         return server, self._bench.alone()
 
     def _readable(
-        self, broadcasts: Mapping[int, Broadcast], history: Iterable[RoundRecord]
+        self,
+        clients: Sequence[int],
+        broadcasts: Mapping[int, Broadcast],
+        history: Iterable[RoundRecord],
     ) -> dict[int, frozenset[int]]:
         """By colluder, the broadcasts that it reads under the threat model."""
-        clients, made_in = self._bench.clients, self._experiment.downlink.made_in
+        made_in = self._experiment.downlink.made_in
         if self._experiment.adversary.rounds == "all":
             return {each: frozenset(broadcasts) for each in clients}
         found: dict[int, set[int]] = {each: set() for each in clients}
         for record in history:
             for client in record.clients:
-                if client.client in clients:
+                if client.client in found:
                     found[client.client].add(made_in(record.round - client.staleness))
         return {each: frozenset(made) for each, made in found.items()}
+
+    def _returns(self, clients: Sequence[int], history: Iterable[RoundRecord]) -> Returns:
+        """What the colluders have returned in the rounds that were folded."""
+        config, examples = self._experiment.server, self._text.examples
+        weights = {
+            record.round: {
+                each.client: examples[each.client] if config.weighting == "examples" else 1.0
+                for each in record.clients
+                if each.client in clients and each.fault is None
+            }
+            for record in history
+        }
+        known = {round: found for round, found in weights.items() if found}
+        return Returns(known, config.lr, self._bench.initial)
 
 
 def strongest(outcomes: Iterable[Outcome]) -> Outcome:

@@ -100,7 +100,7 @@ class Masks:
 def cut(state: State, flags: State) -> State:
     """The flagged columns of each tensor that has flags; any other tensor whole."""
     return {
-        name: tensor if (kept := _columns(name, flags)) is None else tensor[:, kept]
+        name: tensor if (kept := columns_of(name, flags)) is None else tensor[:, kept]
         for name, tensor in state.items()
     }
 
@@ -113,7 +113,7 @@ def fill(state: State, flags: State) -> State:
     """
     whole = {}
     for name, tensor in state.items():
-        kept = _columns(name, flags)
+        kept = columns_of(name, flags)
         if kept is None:
             whole[name] = tensor
         elif int(kept.sum()) != tensor.shape[1]:
@@ -126,7 +126,8 @@ def fill(state: State, flags: State) -> State:
     return whole
 
 
-def _columns(name: str, flags: State) -> Tensor | None:
+def columns_of(name: str, flags: State) -> Tensor | None:
+    """Of a tensor the columns that have come, bool; None: it has no flags, and is whole."""
     found = flags.get(f"{COLUMNS}{name}")
     return None if found is None else found.bool()
 

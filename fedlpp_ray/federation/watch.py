@@ -60,7 +60,7 @@ class Watch:
 
     def __init__(self, experiment: Experiment, examples: Sequence[int]) -> None:
         self._experiment, self._config = experiment, experiment.adversary
-        self._clients = frozenset(colluders(experiment, examples))
+        self._clients = colluders(experiment, examples)
         self._means = means_of(experiment)
         self._editions = {edition(experiment, client) for client in self._clients}
         attackable = is_attackable(experiment)
@@ -100,8 +100,7 @@ class Watch:
             return
         readable = {client: frozenset(newest) for client in self._clients}
         received = tuple(reader.read(newest, readable))
-        view = View(
-            received, self._experiment.lora.rank, Bare(self._clients, self._means), readable
-        )
+        tools = Bare(frozenset(self._clients), self._means)
+        view = View(received, self._experiment.lora.rank, tools, readable)
         for name, known in self._attacks.items():
             yield name, known.attack(view)

@@ -35,8 +35,12 @@ class Sealed:
 
     def seal(self, received: Received) -> Received:
         """A broadcast as tensors of which nothing is known but their shapes, values and cells."""
-        state = _renamed(received.state, self._numbers)
-        return replace(received, state=state, cells=_renamed(received.cells, self._numbers))
+        state, cells = (
+            _renamed(received.state, self._numbers),
+            _renamed(received.cells, self._numbers),
+        )
+        masked = received.masked and _renamed(received.masked, self._numbers)
+        return replace(received, state=state, cells=cells, masked=masked)
 
     def open(self, state: State) -> State:
         """What the client makes of such tensors."""

@@ -15,9 +15,10 @@ Base = Literal["client", "public", "corrected"]
 server's correction towards a client's (`server.base_correction`)."""
 
 
-Means = Literal["architecture", "auxiliary"]
+Means = Literal["architecture", "auxiliary", "masks", "average", "returns"]
 """What not every adversary has: to know what the tensors of a broadcast are (`Sealed` has those of
-one who does not), and text of its own."""
+one who does not), text of its own, and what only some runs have: parts that not every message
+brings, a final model that is a mean, returns that the server's next state follows from."""
 
 
 class ViewError(ValueError):
@@ -31,15 +32,40 @@ class Received:
     Attributes:
         made: The round in which the server made it, from 1.
         client: Who read it.
-        state: D, at the server's rank: factors, head and what else is trained.
+        state: What D says of the server's state, at its rank: factors, head and what else is
+            trained. Without the factor of a mask, and what the message lacks, masked columns or
+            the rest of the rank, as the newest one before has it, or as the seed made it.
         cells: Of each tensor that was quantized, the lowest and highest value that the server's can
-            have had, by one who knows its defences of the codes. Empty for what travels whole.
+            have had, by one who knows its defences of the codes; of what the message lacks -inf and
+            inf. Empty for what travels whole.
+        masked: D as its reader trains from it, where that is not `state`.
     """
 
     made: int
     client: int
     state: State
     cells: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masked: State | None = None
+
+    @property
+    def start(self) -> State:
+        """D as its reader trains from it."""
+        return self.state if self.masked is None else self.masked
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What colluders have returned to a server that adds the mean of a cohort's updates.
+
+    Attributes:
+        weights: By round and colluder that has returned an update, its weight in a mean.
+        lr: What the server multiplies the mean by.
+        initial: The state before the first round, which every client has from the seed.
+    """
+
+    weights: Mapping[int, Mapping[int, float]]
+    lr: float
+    initial: State
 
 
 class Tools(Protocol):
@@ -93,9 +119,12 @@ class View:
         tools: Theirs.
         base: The model that the attack's state is made for.
         readable: By client, the rounds whose broadcasts it could read.
+        averaged: Of so many last states the server's final model is the mean; 0: of none.
+        returns: What they have returned, where the server's state follows from returns.
 
     Raises:
-        ViewError: there is a broadcast that none of them could read, or a base that they lack.
+        ViewError: there is a broadcast or a return that is none of theirs, or a base that they
+            lack.
     """
 
     received: tuple[Received, ...]
@@ -103,6 +132,8 @@ class View:
     tools: Tools
     readable: Mapping[int, frozenset[int]]
     base: Base = "client"
+    averaged: int = 0
+    returns: Returns | None = None
 
     def __post_init__(self) -> None:
         if not self.received:
@@ -114,6 +145,9 @@ class View:
                 raise ViewError(
                     f"client {each.client} could not read the broadcast of round {each.made}"
                 )
+        returns = self.returns.weights.values() if self.returns else ()
+        if strangers := sorted({each for who in returns for each in who} - self.tools.clients):
+            raise ViewError(f"what client {strangers[0]} returned is none of the adversary's")
         if self.base not in self.tools.bases:
             raise ViewError(f"the adversary has no {self.base} base")
         made = [each.made for each in self.received]

@@ -15,9 +15,9 @@ from fedlpp_ray import attack, train
 from fedlpp_ray.config import ConfigError, Experiment, dump_experiment
 from fedlpp_ray.federation import Federation, checkpoint, preflight
 from fedlpp_ray.federation.adapter import ADAPTER_STATE, adapter_state
-from fedlpp_ray.federation.bench import Held
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.emulation import load_client_base
+from fedlpp_ray.federation.held import Held
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.ladder import Ladder
 from fedlpp_ray.federation.records import Final

@@ -14,7 +14,7 @@ from fedlpp_ray.aggregation.products import product, rotate
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.privacy.attacks import ATTACKS, feasible, find_attacks
 from fedlpp_ray.privacy.sealed import Sealed
-from fedlpp_ray.privacy.view import Base, Means, Received, View, ViewError
+from fedlpp_ray.privacy.view import Base, Means, Received, Returns, View, ViewError
 from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import State, part
 
@@ -27,7 +27,9 @@ class FakeTools:
 
     clients: frozenset[int] = frozenset({3})
     bases: tuple[Base, ...] = ("client",)
-    means: frozenset[Means] = frozenset({"architecture", "auxiliary"})
+    means: frozenset[Means] = frozenset(
+        {"architecture", "auxiliary", "masks", "average", "returns"}
+    )
     tuned: list[State] = field(default_factory=list)
     taught: list[list[tuple[float, State]]] = field(default_factory=list)
 
@@ -50,7 +52,8 @@ class FakeTools:
 def view_of(states: list[State], tools: FakeTools | None = None) -> View:
     received = tuple(Received(made, 3, state) for made, state in enumerate(states, 1))
     readable = {3: frozenset(range(1, len(states) + 1))}
-    return View(received, 4, tools or FakeTools(), readable)
+    returns = Returns({1: {3: 1.0}}, 1.0, states[0])
+    return View(received, 4, tools or FakeTools(), readable, averaged=2, returns=returns)
 
 
 def state(seed: int = 0) -> State:
@@ -149,6 +152,67 @@ def test_the_trend_is_the_end_of_the_least_squares_line() -> None:
     assert two[HEAD] == states[1][HEAD]
 
 
+def test_a_gauge_that_turns_stops_the_trend_of_factors_and_not_that_of_products() -> None:
+    """S moves along a line, and each broadcast is dithered, in a gauge of its own."""
+    start, drift, quantizer = state(1), state(2), Quantizer(4, "int", 64, "fp32", "stochastic")
+    states = []
+    for made in range(1, 13):
+        random = torch.Generator().manual_seed(made)
+        secret = {n: t + 0.05 * made * drift[n] for n, t in start.items()}
+        sent = rotate(secret, random)
+        states.append({n: quantizer.quantize(t, random).dequantize() for n, t in sent.items()})
+    view = view_of(states)
+    assert error(ATTACKS["trend"].attack(view), secret, weights) > 0.5
+    found = error(ATTACKS["trend-products"].attack(view), secret, weights)
+    assert found < 0.85 * error(view.last.state, secret, weights)
+    assert found < 0.7 * error(ATTACKS["mean-products"].attack(view), secret, weights)
+
+
+def test_the_mean_of_the_states_that_the_final_model_averages() -> None:
+    states = [{HEAD: torch.tensor([float(value)])} for value in (1, 5, 9)]
+    assert ATTACKS["mean-final"].attack(view_of(states))[HEAD] == 7
+    with pytest.raises(ViewError, match="is no mean of its states"):
+        ATTACKS["mean-final"].attack(replace(view_of(states), averaged=0))
+
+
+def test_a_state_is_followed_by_returns_inside_of_the_cells() -> None:
+    """Training adds 3. From 0: lr 0.5 of it is 1.5, in the cell [1, 2]; then 3, cut to 2.5."""
+    cells = [None, (1.0, 2.0), (2.0, 2.5)]
+    received = tuple(
+        Received(
+            made,
+            3,
+            {HEAD: torch.tensor([9.0])},
+            {HEAD: (torch.tensor([c[0]]), torch.tensor([c[1]]))} if c else {},
+        )
+        for made, c in enumerate(cells, 1)
+    )
+    returns = Returns({1: {3: 1.0}, 2: {3: 1.0}}, 0.5, {HEAD: torch.tensor([0.0])})
+    readable = {3: frozenset({1, 2, 3})}
+    view = View(received, 4, FakeTools(), readable, returns=returns)
+    two = replace(view, received=received[:2])
+    assert ATTACKS["followed"].attack(two)[HEAD] == 1.5
+    assert ATTACKS["followed"].attack(view)[HEAD] == 2.5
+    missed = replace(view, received=(received[0], received[2]))
+    assert ATTACKS["followed"].attack(missed)[HEAD] == 9
+    still = replace(two, returns=replace(returns, weights={}))
+    assert ATTACKS["followed"].attack(still)[HEAD] == 1
+    with pytest.raises(ViewError, match="does not follow from"):
+        ATTACKS["followed"].attack(replace(view, returns=None))
+
+
+def test_what_a_reader_trains_from_is_not_what_it_says_of_the_servers_state() -> None:
+    """Of a mask: the attacks that do as the client does have the one, all others the other."""
+    raw, settled = state(1), state(2)
+    view = view_of([settled])
+    view = replace(view, received=(replace(view.last, masked=raw),))
+    for name in ("last-broadcast", "best-broadcast"):
+        assert ATTACKS[name].attack(view) is raw
+    assert torch.equal(ATTACKS["after-training"].attack(view)[HEAD], raw[HEAD] + 3)
+    assert ATTACKS["unmasked-broadcast"].attack(view) is settled
+    assert torch.equal(ATTACKS["mean-factors"].attack(view)[A], settled[A])
+
+
 def test_the_interval_estimate_lies_in_the_cells_and_beats_both_of_its_parts() -> None:
     """S drifts; rounding to nearest. The mean lags, the newest code is coarse."""
     quantizer = Quantizer(2, "int", 64)
@@ -230,6 +294,8 @@ def test_a_view_refuses_what_the_adversary_does_not_have() -> None:
         replace(view, received=(*view.received, Received(9, 3, state(3))))
     with pytest.raises(ViewError, match="client 5 is none of the adversary's"):
         replace(view, readable={3: frozenset({1, 2}), 5: frozenset({2})})
+    with pytest.raises(ViewError, match="what client 5 returned is none of the adversary's"):
+        replace(view, returns=Returns({1: {3: 1.0, 5: 1.0}}, 1.0, {}))
     with pytest.raises(ViewError, match="has no public base"):
         replace(view, base="public")
     with pytest.raises(ViewError, match="received no broadcast"):
@@ -246,7 +312,8 @@ def test_an_attack_that_there_is_none_of_is_refused() -> None:
 
 def sealed(view: View) -> View:
     tools = Sealed(view.tools, view.last.state)
-    return replace(view, received=tuple(map(tools.seal, view.received)), tools=tools)
+    received = tuple(map(tools.seal, view.received))
+    return replace(view, received=received, tools=tools, returns=None)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -258,7 +325,9 @@ def test_who_does_not_know_the_architecture_makes_the_attacks_that_do_not_need_i
     hidden = sealed(view)
     assert isinstance(hidden.tools, Sealed)
     if "architecture" in ATTACKS[name].needs:
-        with pytest.raises(ViewError, match=r"which tensors are factors|cannot train but as"):
+        with pytest.raises(
+            ViewError, match=r"which tensors are factors|cannot train but as|not follow"
+        ):
             ATTACKS[name].attack(hidden)
         return
     found, expected = hidden.tools.open(ATTACKS[name].attack(hidden)), ATTACKS[name].attack(view)
@@ -278,13 +347,19 @@ def test_a_sealed_client_has_one_base_and_trains_as_in_a_round_only() -> None:
 
 def test_of_the_ladder_what_needs_more_than_there_is_is_left_out_with_the_reason() -> None:
     able, left_out = feasible(ATTACKS, frozenset({"architecture"}))
-    assert left_out == dict.fromkeys(("distilled", "distilled-mean"), "needs adversary.auxiliary")
+    assert {n for n, why in left_out.items() if why == "needs adversary.auxiliary"} == {
+        *("distilled", "distilled-mean")
+    }
+    assert left_out["mean-final"] == "needs server.final_average"
+    assert left_out.keys() == {
+        *("unmasked-broadcast", "mean-final", "followed", "distilled", "distilled-mean")
+    }
     assert able.keys() | left_out.keys() == ATTACKS.keys()
     blind, left_out = feasible(ATTACKS, frozenset())
     assert list(blind) == [
         *("last-broadcast", "best-broadcast", "mean-factors", "recent-factors", "trend"),
-        *("interval", "crossings", "after-training", "pooled-updates"),
+        *("interval", "intersection", "crossings", "after-training", "pooled-updates"),
     ]
     both = "needs adversary.architecture 'known' and adversary.auxiliary"
     assert left_out["distilled"] == both
-    assert feasible(ATTACKS, frozenset({"architecture", "auxiliary"})) == (ATTACKS, {})
+    assert feasible(ATTACKS, FakeTools().means) == (ATTACKS, {})

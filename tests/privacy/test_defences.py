@@ -223,3 +223,30 @@ def test_cells_of_one_who_has_the_seeds_meet_at_the_secret() -> None:
         widths[rounds] = float(((high - low) / c)[far].mean())
     assert widths[4] == pytest.approx(2 / 5, rel=0.1)
     assert widths[32] == pytest.approx(2 / 33, rel=0.1)
+
+
+def test_cells_of_a_constant_that_meet_say_more_than_any_mean() -> None:
+    """The seed of the dither is known, and drawn in each round."""
+    secret = independent()
+    errors = {}
+    for rounds in (8, 32):
+        view = view_of([secret] * rounds, SUBTRACTED, fresh=True)
+        errors[rounds] = {n: error(n, view, secret) for n in ("intersection", "mean-factors")}
+        assert errors[rounds]["intersection"] < 0.75 * errors[rounds]["mean-factors"]
+    assert errors[32]["intersection"] < 0.35 * errors[8]["intersection"]  # 1 / T, not 1 / sqrt(T)
+
+
+def test_cells_that_do_not_meet_are_of_another_value() -> None:
+    """Where S has left its old cell, the newest one alone counts."""
+    view = view_of(line(12), Guard())
+    low, high = view.last.cells[HEAD]
+    found = ATTACKS["intersection"].attack(view)[HEAD]
+    assert ((low <= found) & (found <= high)).all()
+
+
+def test_crossings_read_one_edition_of_a_round() -> None:
+    """Of two messages of a round there is no rate."""
+    view = view_of(line(6), Guard())
+    twice = tuple(x for each in view.received for x in (each, each))
+    found = ATTACKS["crossings"].attack(replace(view, received=twice))[HEAD]
+    assert torch.equal(found, ATTACKS["crossings"].attack(view)[HEAD])

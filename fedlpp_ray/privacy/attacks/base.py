@@ -34,6 +34,9 @@ class Known:
 _KEYS: dict[Means, str] = {
     "architecture": "adversary.architecture 'known'",
     "auxiliary": "adversary.auxiliary",
+    "masks": "messages that lack something (downlink.server_mask, client_mask, lora.client_ranks)",
+    "average": "server.final_average",
+    "returns": "a server that adds the mean of updates of one broadcast, and nothing to it",
 }
 """What gives an adversary its means."""
 ATTACKS: dict[str, Known] = {}

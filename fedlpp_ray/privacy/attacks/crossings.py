@@ -23,10 +23,12 @@ from fedlpp_ray.state import State
 def crossings(view: View) -> State:
     """Of each value the line through its last two crossings, moved into the newest cell.
 
-    Where there was no crossing, or there are no cells, the newest broadcast.
+    Where there was no crossing, or there are no cells, the newest broadcast. Of several editions of
+    a round the last one is read.
     """
+    rounds = {each.made: each for each in view.received}.values()
     return {
-        name: _followed([x for x in view.received if name in x.cells], name)
+        name: _followed([x for x in rounds if name in x.cells], name)
         if name in view.last.cells
         else tensor
         for name, tensor in view.last.state.items()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlpp_ray.aggregation.products import combine, product
 from fedlpp_ray.privacy.attacks.base import attack
-from fedlpp_ray.privacy.view import View
+from fedlpp_ray.privacy.view import View, ViewError
 from fedlpp_ray.state import State, name_of
 
 HALVING = 3.0
@@ -52,6 +52,18 @@ def mean_products_full(view: View) -> State:
 def recent_products_full(view: View) -> State:
     """As `mean-products-full`, with weights that halve every `HALVING` broadcasts back."""
     return average_products_whole(view, recent(view))
+
+
+@attack("mean-final", "broadcast", "average")
+def mean_final(view: View) -> State:
+    """(1/n) sum of the newest n broadcasts, as the server's final model is of its last n states.
+
+    For `server.final_average` (Polyak and Juditsky, 1992), by who knows of it.
+    """
+    if not view.averaged:
+        raise ViewError("the server's final model is no mean of its states")
+    last = sorted({each.made for each in view.received})[-view.averaged :]
+    return average(view, [float(each.made in last) for each in view.received])
 
 
 def recent(view: View) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlpp_ray.privacy.attacks.base import attack
-from fedlpp_ray.privacy.attacks.means import average
+from fedlpp_ray.privacy.attacks.means import average, average_products
 from fedlpp_ray.privacy.view import View
 from fedlpp_ray.state import State
 
@@ -15,15 +15,25 @@ WINDOW = 6
 def trend(view: View) -> State:
     """The value at the newest broadcast of the least-squares line through the newest `WINDOW`.
 
-    It is a mean with weights 1/n + (T - mean t) (t - mean t) / sum (t - mean t)^2, some of them
-    negative. Of fewer than three broadcasts it is the newest.
+    Of fewer than three broadcasts it is the newest.
     """
+    return average(view, line(view))
+
+
+@attack("trend-products", "broadcast", "architecture")
+def trend_products(view: View) -> State:
+    """The rank-r part of the same of the products B A; what is no factor as `trend`."""
+    return average_products(view, line(view))
+
+
+def line(view: View) -> list[float]:
+    """Weights 1/n + (T - mean t) (t - mean t) / sum (t - mean t)^2, of sum 1, some negative."""
     times = [float(each.made) for each in view.received]
     first = sorted(set(times))[-WINDOW:][0]
     used = [t for t in times if t >= first]
+    if len(set(used)) < 3:
+        return [0.0] * (len(times) - 1) + [1.0]
     centre = sum(used) / len(used)
     spread = sum((t - centre) ** 2 for t in used)
-    if len(set(used)) < 3:
-        return view.last.state
     weights = [1 / len(used) + (used[-1] - centre) * (t - centre) / spread for t in used]
-    return average(view, [0.0] * (len(times) - len(used)) + weights)
+    return [0.0] * (len(times) - len(used)) + weights
