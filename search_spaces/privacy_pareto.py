@@ -15,8 +15,9 @@ base = "../configs/trec_minilm.yaml"
 
 bundles: Bundles = {
     "lora.rank": {rank: {"lora.rank": rank, "lora.alpha": 2 * rank} for rank in (4, 8, 16)},
-    # One at a time, and all valid with every other choice. `replace` is the server's other rule;
-    # `pull` is the same at server.lr 1.
+    # One at a time, and all valid with every other choice: a dither that is subtracted goes with
+    # `int` alone, and `server.base_correction` with a coarse base. `replace` is the server's other
+    # rule; `pull` is the same at server.lr 1.
     "defence": {
         "none": {},
         "replace": {"server.rule": "replace"},
@@ -27,6 +28,15 @@ bundles: Bundles = {
         "dither": {"downlink.dither": "run"},
         "hold": {"downlink.hold_scales": True, "downlink.hysteresis": 0.5},
         "norm": {"downlink.magnitude": "norm"},
+        "fewer": {"downlink.every": 2, "server.lr": 0.5},
+        "twice": {"federation.max_participations": 2},
+        "mask": {"downlink.server_mask": 0.25},
+        "mask-each": {"downlink.client_mask": 0.25},
+        "tune": {
+            "server.examples": 256,
+            "server.final_tune_steps": 50,
+            "server.final_tune_lr": 1e-3,
+        },
     },
 }
 
@@ -43,6 +53,8 @@ param_space = {
     "runtime.client_actors": 1,
     "client.dequantize_at_load": True,
     "evaluation.every": 2,
+    # Protection is against these, too, in the clients' base and in W0; `all` takes a while longer.
+    "adversary.at_end": ["recent-products", "interval", "aligned-trend", "tuned"],
 }
 
 # Of the model that the server ends with, which with `average` is not that of the last round.
@@ -64,4 +76,4 @@ def tune_config(base: Experiment) -> tune.TuneConfig:
         max_t=rounds,
         reduction_factor=4 / 3,
     )
-    return tune.TuneConfig(num_samples=24, search_alg=search, scheduler=stop)
+    return tune.TuneConfig(num_samples=30, search_alg=search, scheduler=stop)
