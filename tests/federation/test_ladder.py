@@ -148,6 +148,23 @@ def test_a_model_that_has_diverged_is_never_chosen(run: Run) -> None:
     assert ATTACKS["best-broadcast"].attack(view) is not broken
 
 
+def test_tuning_ends_where_validation_is_lowest(run: Run) -> None:
+    """From what the seed made it comes far; it stops after ten looks that do not improve, and has
+    the state before them."""
+    ladder = run.ladder(patience=10, max_looks=200)
+    first = replace(ladder.view.last, state=ladder._bench.initial)
+    view = replace(ladder.view, received=(*ladder.view.received[:-1], first))
+    losses: list[float] = []
+    bench: Any = view.tools
+    look = bench._loss
+    bench._loss = lambda base: losses.append(look(base)) or losses[-1]
+    found = ATTACKS["tuned"].attack(view)
+    bench._loss = look
+    assert view.loss(found) == min(losses) < 0.8 * losses[0]
+    assert len(losses) < 200
+    assert losses[-11] == min(losses)
+
+
 def test_however_few_examples_there_are_some_are_trained_on(run: Run) -> None:
     bench: Any = run.ladder(validation=0.999).view.tools
     assert len(bench._train) == 1

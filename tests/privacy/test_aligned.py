@@ -14,6 +14,7 @@ from fedlpp_ray.privacy.attacks import ATTACKS
 from fedlpp_ray.privacy.attacks.aligned import turn
 from fedlpp_ray.privacy.attacks.means import recent
 from fedlpp_ray.privacy.view import Received, View
+from fedlpp_ray.quantization import Quantizer
 from fedlpp_ray.state import State
 from tests.privacy.test_attacks import (
     HEAD,
@@ -134,3 +135,24 @@ def test_without_rotation_alignment_changes_next_to_nothing() -> None:
     view = view_of(broadcasts(secret, 16, "nearest"))
     found = ATTACKS["aligned-factors"].attack(view)
     torch.testing.assert_close(found[A], view.last.state[A], rtol=0, atol=1e-5)
+
+
+def test_cells_bound_a_mean_that_was_brought_into_their_gauge() -> None:
+    """S drifts, each broadcast is rounded to nearest in a gauge of its own. The mean lags, and the
+    newest is coarse; aligned and moved into the newest cells it is nearer than either."""
+    start, drift, quantizer = state(1), state(2), Quantizer(2, "int", 64)
+    received = []
+    for made in range(1, 13):
+        secret = {n: t + 0.05 * made * drift[n] for n, t in start.items()}
+        sent = rotate(secret, torch.Generator().manual_seed(made))
+        coded = {n: quantizer.quantize(t) for n, t in sent.items()}
+        cells = {n: t.cells() for n, t in coded.items()}
+        received.append(Received(made, 3, {n: t.dequantize() for n, t in coded.items()}, cells))
+    view = View(tuple(received), 4, FakeTools(), {3: frozenset(range(1, 13))})
+    found = {
+        name: error(ATTACKS[name].attack(view), secret, weights)
+        for name in ("last-broadcast", "interval", "aligned-factors", "aligned-interval")
+    }
+    assert found["aligned-interval"] < 0.85 * found["last-broadcast"]
+    assert found["aligned-interval"] < found["aligned-factors"]
+    assert found["aligned-interval"] < 0.85 * found["interval"]
