@@ -16,6 +16,7 @@ from scipy.stats import norm as normal
 from fedlpp_ray.privacy.dp import (
     NoisedMean,
     clipped,
+    draw_for,
     epsilon_of,
     next_clip,
     norm,
@@ -75,6 +76,27 @@ def test_noise_has_its_variance_and_no_mean() -> None:
     assert abs(float(noise.mean())) < 5 * 0.7 / math.sqrt(NUMBERS)
     assert torch.equal(noise, with_noise(zeros, {"A": 0.7}, draw())["A"])
     assert not torch.equal(noise, with_noise(zeros, {"A": 0.7}, draw(1))["A"])
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_noise_depends_on_every_bit_that_is_noised_and_on_its_size(name: str) -> None:
+    values = {"A": torch.zeros(NUMBERS), "B": torch.zeros(2)}
+    stds = {"A": 0.7, "B": 0.7}
+    other = values | {name: torch.nextafter(values[name], torch.tensor(1.0))}
+
+    def first(values: State, stds: dict[str, float], *purpose: str | int) -> torch.Tensor:
+        return with_noise(
+            {"A": torch.zeros(NUMBERS)}, {"A": 1.0}, draw_for(values, stds, 0, *purpose)
+        )["A"]
+
+    drawn = first(values, stds, "x", 1)
+    assert torch.equal(drawn, first(dict(reversed(values.items())), stds, "x", 1))
+    for another in (
+        first(other, stds, "x", 1),
+        first(values, stds | {name: 0.35}, "x", 1),
+        first(values, stds, "x", 2),
+    ):
+        assert abs(float((drawn * another).mean())) < 5 / math.sqrt(NUMBERS)
 
 
 def test_shares_of_the_fewest_that_return_add_up_to_the_noise_and_more_to_more() -> None:
