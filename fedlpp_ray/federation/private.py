@@ -75,6 +75,14 @@ class Private:
         noise = _SIGMAS * self._share("", self.first_clip)
         return max(noise, 0.5 + _SIGMAS * self._share(BELOW, 0.0)) if self.adaptive else noise
 
+    def clip_of(self, broadcast: State) -> float:
+        """C in force with a broadcast, as decoded."""
+        return float(broadcast[CLIP]) if self.adaptive else self.first_clip
+
+    def share_std(self, clip: float) -> float:
+        """Standard deviation of a client's own noise on an update; 0 where the server adds it."""
+        return self._share("", clip)
+
     def protect(self, round: int, client: int, update: State, broadcast: State) -> State:
         """What a client sends for its update: it clipped, and with its share of the noise.
 
@@ -86,7 +94,7 @@ class Private:
             update: u_i = a_i - D.
             broadcast: As decoded; it has C where the clip adapts.
         """
-        clip = float(broadcast[CLIP]) if self.adaptive else self.first_clip
+        clip = self.clip_of(broadcast)
         answer = clipped(update, clip)
         if self.adaptive:
             answer = answer | {BELOW: torch.tensor([0.5 if norm(update) <= clip else -0.5])}
