@@ -256,6 +256,16 @@ def test_without_weight_decay_or_with_more_noise_a_clip_changes_the_scale_alone(
     assert step.factor(noise=0.1) == 1
 
 
+def test_a_matrix_whose_decay_is_within_its_errors_says_nothing_of_the_clip() -> None:
+    """Any f would pass there."""
+    step = Step(Layer(40), "sgd", 0.3)
+    for name in "AB":
+        step.begin[f"{name} small"] = 1e-4 * step.begin[name]
+        step.clipped[f"{name} small"] = 1e-6 * torch.randn_like(step.begin[name])
+    with pytest.raises(PrivacyError, match="no gradient of less than full rank"):
+        step.factor(noise=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_clients_noise_is_in_that_of_the_gradient(optimizer: str) -> None:
     """Of standard deviation std / (f lr); a twentieth of what it is of, it leaves the rank."""

@@ -165,6 +165,7 @@ def clip_factor(
     full rank: of a batch of few inputs, and always of a classifier's head, whose rows add up to 0.
     So v is a left eigenvector of (-u / lr) w^+, f weight_decay its eigenvalue, and v^T (-u / lr -
     f weight_decay w) is 0 in all of its many columns, up to errors: an f that passes this is right.
+    A matrix whose decay is within its errors says nothing, and needs no f.
 
     Args:
         update: u, all of it: a clip is of all tensors together.
@@ -183,16 +184,15 @@ def clip_factor(
     pairs = [(u.double(), received[name].double()) for name, u in update.items()]
     if optimizer == "adamw":
         return _common_step(pairs, lr, weight_decay)
-    found = [(math.inf, 1.0)]
-    matters = False
+    found, matters = [(math.inf, 1.0)], False
     for u, w in pairs:
         unknown = _unknown(u, w, 1.0, error, noise)
-        matters |= weight_decay * _rms(w) * lr > unknown
-        if weight_decay and u.ndim == 2:
+        if u.ndim == 2 and weight_decay * _rms(w) * lr > unknown:
+            matters = True
             found += _candidates(Gradient(-u / lr, unknown / lr), w, weight_decay)
-    left, factor = min(found)
     if not matters:
         return 1.0
+    left, factor = min(found)
     if left > 1:
         raise PrivacyError(
             "inversion: dp.clip with client.weight_decay: no gradient of less than full rank tells "
