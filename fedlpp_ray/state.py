@@ -47,12 +47,15 @@ def schema_digest(schema: Schema) -> str:
     return hashlib.sha256(json.dumps(sorted(schema.items())).encode()).hexdigest()
 
 
-def state_digest(state: State) -> str:
-    """SHA-256 over names and bits: two runs with equal digests hold exactly the same state."""
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bits: two runs with equal digests hold exactly the same state.
+
+    Tensors that are computed when they are asked for are there one at a time.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name in sorted(state):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(state[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from fedlpp_ray.privacy import (
     Gradient,
     Inversion,
     PrivacyError,
+    clip_factor,
     gradient_of_step,
     measure_inversion,
     measure_scores,
@@ -21,7 +22,9 @@ from fedlpp_ray.privacy import (
     spans_of_b,
     token_distances,
 )
+from fedlpp_ray.privacy.dp import clipped, norm
 from fedlpp_ray.quantization import Bits, Quantizer
+from fedlpp_ray.state import State
 
 VOCABULARY, WIDTH, OUT, RANK = 500, 64, 48, 8
 
@@ -171,6 +174,115 @@ def test_the_noise_of_a_gradient_is_what_rounding_and_the_uplink_make() -> None:
     assert found.noise == pytest.approx(error, rel=0.05)
 
 
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+class Step:
+    """One step in fp32 on a layer's A and B, and the same shortened by a clip.
+
+    Attributes:
+        begin: What it starts from.
+        clipped: The update, `factor` times as long.
+        known: Of `clip_factor` and `gradient_of_step`.
+    """
+
+    def __init__(self, layer: Layer, optimizer: str, factor: float, **whole: Tensor) -> None:
+        self.begin: State = {"A": layer.a[0], "B": layer.b[0]}
+        gradients = {"A": layer.da[0], "B": layer.db[0]} | whole
+        torch.manual_seed(0)
+        self.begin |= {name: torch.randn_like(tensor) for name, tensor in whole.items()}
+        self.known = {"lr": 0.1, "weight_decay": 0.01, "optimizer": optimizer}
+        weights = {n: torch.nn.Parameter(t.clone()) for n, t in self.begin.items()}
+        for name, weight in weights.items():
+            weight.grad = gradients[name].clone()
+        OPTIMIZERS[optimizer](weights.values(), lr=0.1, weight_decay=0.01).step()
+        free = {n: (w - self.begin[n]).detach() for n, w in weights.items()}
+        self.clipped = clipped(free, factor * norm(free))
+
+    def factor(self, **known: float) -> float:
+        return clip_factor(self.clipped, self.begin, **self.known | known)  # type: ignore[arg-type]
+
+    def gradient(self, name: str, **known: float) -> Gradient:
+        given = self.known | known
+        return gradient_of_step(self.clipped[name], self.begin[name], **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1e-3])
+@pytest.mark.parametrize("zero_b", [False, True])
+def test_a_clip_does_not_hide_the_signs_of_adamw(zero_b: bool, factor: float) -> None:
+    """Also where half of the gradient is zero, and weight decay alone moves A."""
+    layer = Layer(5, zero_b=zero_b)
+    step = Step(layer, "adamw", factor)
+    found = step.factor()
+    assert found == pytest.approx(factor, rel=1e-4)
+    for name, gradient in (("A", layer.da[0]), ("B", layer.db[0])):
+        assert torch.equal(step.gradient(name, factor=found).values, gradient.sign())
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1e-3])
+@pytest.mark.parametrize("zero_b", [False, True])
+def test_a_clip_does_not_hide_the_rank_of_a_step_of_sgd_with_weight_decay(
+    zero_b: bool, factor: float
+) -> None:
+    layer = Layer(2, zero_b=zero_b)
+    step = Step(layer, "sgd", factor)
+    found = step.factor()
+    assert found == pytest.approx(factor, rel=1e-3)
+    a, b = (step.gradient(name, factor=found) for name in "AB")
+    assert len(row_space([a])) == (0 if zero_b else 2)
+    assert len(row_space([b])) == 2
+    spans = spans_of_b([b], [layer.a[0]])
+    seen = measure_inversion(spans, token_distances(spans, layer.words), layer.present)
+    assert (seen.recall, seen.precision) == (1, 1)
+    if factor < 1:
+        assert len(row_space([step.gradient("A")])) == RANK  # its decay in full is not its decay
+
+
+def test_a_head_whose_rows_add_up_to_zero_tells_the_clip_where_the_factors_do_not() -> None:
+    """Of a softmax they do; 40 tokens fill both spans."""
+    layer = Layer(40)
+    head = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PrivacyError, match=r"dp\.clip with client\.weight_decay.*weight_decay 0"):
+        Step(layer, "sgd", 0.3).factor()
+    with pytest.raises(PrivacyError, match="no gradient of less than full rank"):
+        Step(layer, "sgd", 0.3, head=head).factor()
+    step = Step(layer, "sgd", 0.3, head=head - head.mean(0))
+    assert step.factor() == pytest.approx(0.3, rel=1e-3)
+
+
+def test_without_weight_decay_or_with_more_noise_a_clip_changes_the_scale_alone() -> None:
+    step = Step(Layer(40), "sgd", 0.3)
+    assert step.factor(weight_decay=0.0) == 1
+    assert step.factor(noise=0.1) == 1
+
+
+def test_a_matrix_whose_decay_is_within_its_errors_says_nothing_of_the_clip() -> None:
+    """Any f would pass there."""
+    step = Step(Layer(40), "sgd", 0.3)
+    for name in "AB":
+        step.begin[f"{name} small"] = 1e-4 * step.begin[name]
+        step.clipped[f"{name} small"] = 1e-6 * torch.randn_like(step.begin[name])
+    with pytest.raises(PrivacyError, match="no gradient of less than full rank"):
+        step.factor(noise=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_clients_noise_is_in_that_of_the_gradient(optimizer: str) -> None:
+    """Of standard deviation std / (f lr); a twentieth of what it is of, it leaves the rank."""
+    layer = Layer(2)
+    step = Step(layer, optimizer, 0.3)
+    std = 0.05 * float(step.clipped["B"].square().mean().sqrt())
+    quiet = step.gradient("B", factor=0.3, optimizer="sgd")  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(0)
+    for name, tensor in step.clipped.items():
+        step.clipped[name] = tensor + std * torch.randn(tensor.shape, generator=random)
+    loud = step.gradient("B", factor=0.3, noise=std, optimizer="sgd")  # type: ignore[arg-type]
+    error = float((loud.values - quiet.values).square().mean().sqrt())
+    assert loud.noise == pytest.approx(error, rel=0.1)
+    if optimizer == "sgd":
+        assert len(row_space([loud])) == 2
+
+
 def test_signs_alone_do_not_span_the_inputs() -> None:
     layer = Layer(5)
     found = layer.by_a([layer.da[0].sign()])
@@ -219,3 +331,7 @@ def test_ties_among_the_nearest_count_as_drawn_by_chance() -> None:
 def test_an_update_that_is_not_finite_is_refused() -> None:
     with pytest.raises(PrivacyError, match="not finite"):
         gradient_of_step(torch.tensor([float("nan")]), torch.zeros(1), lr=1, weight_decay=0)
+    with pytest.raises(PrivacyError, match="not finite"):
+        clip_factor(
+            {"A": torch.full((2, 3), torch.nan)}, {"A": torch.ones(2, 3)}, lr=1, weight_decay=0.1
+        )

@@ -7,6 +7,7 @@ all that `uplink` does to it. `privacy/membership.py` and `privacy/inversion.py`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from fedlpp_ray.aggregation import find_method
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.data import FederatedText, load_base
 from fedlpp_ray.federation.masks import fill
+from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank
 from fedlpp_ray.messages import Envelope, decode, encode
@@ -42,10 +44,14 @@ class Seen:
     Attributes:
         broadcast: D, what the client began from, at its rank.
         update: u, what it returned.
+        clip: Norm that u was clipped to; infinite without `dp.clip`.
+        noise: Standard deviation of what the client then added to each entry (`dp.noise`).
     """
 
     broadcast: State
     update: State
+    clip: float = math.inf
+    noise: float = 0.0
 
 
 class DataProbe:
@@ -77,6 +83,7 @@ class DataProbe:
         self._state = ModelState(self.model)
         self._initial = self._state.read()
         self._wire = Wire(experiment, schema_of(self._initial))
+        self._private = private(experiment)
 
     def decode(self, round: int, client: int, broadcast: Broadcast, payload: bytes) -> Seen:
         """What two messages of a round say to the server, in the client's gauge.
@@ -96,7 +103,11 @@ class DataProbe:
         returned = Envelope("update", round, client, self.text.examples[client])
         update = decode(payload, returned, wire.update(round, rank), wire.uplink)
         update = fill(update, received)  # a clip that adapts, and its count, are no parameters
-        return Seen(_without(received, CLIP), _without(update, BELOW))
+        seen = _without(received, CLIP), _without(update, BELOW)
+        if self._private is None:
+            return Seen(*seen)
+        clip = self._private.clip_of(received)
+        return Seen(*seen, clip, self._private.share_std(clip))
 
     def uplink_error(self) -> float:
         """What the uplink's rounding changes of Gaussian entries, root mean square over theirs."""

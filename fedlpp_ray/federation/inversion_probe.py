@@ -1,11 +1,13 @@
 """Gradient inversion on a client's update: which tokens was its one step made of?
 
 Beside D and u the server needs the client's learning rate and weight decay, which are the
-experiment's, and a guess of how long the texts are: here the longest of the batch.
+experiment's, and a guess of how long the texts are: here the longest of the batch. By how much
+`dp.clip` shortened the step it finds out of u.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,17 +20,22 @@ from fedlpp_ray.privacy import (
     Inversion,
     PrivacyError,
     Span,
+    clip_factor,
     gradient_of_step,
     measure_inversion,
     spans_of_a,
     spans_of_b,
     token_distances,
 )
+from fedlpp_ray.privacy.dp import norm
+from fedlpp_ray.privacy.inversion import Optimizer
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import name_of
 from fedlpp_ray.tasks import Encoded, epoch_order
 from fedlpp_ray.training import client_descent, first_inputs
 
+_CLIPPED = 1 - 1e-6
+"""An update in fp32 that is shorter than this share of the clip was not clipped."""
 _CHUNK = 512
 """Tokens whose inputs are in memory at a time."""
 
@@ -59,7 +66,8 @@ def probe_inversion(
 
     Tried is the whole vocabulary, at every position. Of a text to be written the last token, which
     the model never reads, is not among the batch's. With AdamW the attack takes the signs that the
-    step has for a gradient.
+    step has for a gradient; under a client's noise the entries as they are, for there rounding to
+    signs loses more.
 
     Args:
         probe: The server's model.
@@ -72,7 +80,8 @@ def probe_inversion(
         input; `B`, from each one's dL/dB and A. One that did not travel is left out.
 
     Raises:
-        PrivacyError: as `check_inversion` and `first_inputs`; or the client made several steps.
+        PrivacyError: as `check_inversion`, `clip_factor` and `first_inputs`; or the client made
+            several steps.
     """
     experiment, text = probe.experiment, probe.text
     check_inversion(experiment)
@@ -117,6 +126,25 @@ class _Spans:
         self._config, self._seen = probe.experiment.client, seen
         self._lr = client_descent(probe.experiment, round).travelled(self._config.lr, 1)
         self._error = probe.uplink_error()
+        # Under noise AdamW's signs come back as its g does with SGD: u = -f lr (g + decay w).
+        self._optimizer: Optimizer = "sgd" if seen.noise else self._config.optimizer
+        self._factor = self._clipped_by()
+
+    def _clipped_by(self) -> float:
+        """f of `clip_factor`; 1 where u was not clipped."""
+        seen = self._seen
+        sure = not (self._error or seen.noise) and norm(seen.update) < _CLIPPED * seen.clip
+        if sure or seen.clip == math.inf:
+            return 1.0
+        return clip_factor(
+            seen.update,
+            seen.broadcast,
+            lr=self._lr,
+            weight_decay=self._config.weight_decay,
+            optimizer=self._config.optimizer,
+            error=self._error,
+            noise=seen.noise,
+        )
 
     def of(self, layers: Sequence[str]) -> dict[str, list[Span]]:
         """By factor."""
@@ -124,21 +152,23 @@ class _Spans:
         received, found = self._seen.broadcast, {}
         if self._seen.update.keys() >= set(a):
             # Of a few rows in many dimensions, noisy ones lean towards the inputs all the same.
-            found["A"] = spans_of_a([self._gradient(name, 0.0) for name in a])
+            found["A"] = spans_of_a([self._gradient(name, 0.0, 0.0) for name in a])
         if self._seen.update.keys() >= set(b) and received.keys() >= set(a):
             # In r dimensions they would fill the span.
-            gradients = [self._gradient(name, self._error) for name in b]
+            gradients = [self._gradient(name, self._error, self._seen.noise) for name in b]
             found["B"] = spans_of_b(gradients, [received[name] for name in a])
         return found
 
-    def _gradient(self, name: str, error: float) -> Gradient:
+    def _gradient(self, name: str, error: float, noise: float) -> Gradient:
         return gradient_of_step(
             self._seen.update[name],
             self._seen.broadcast[name],
             lr=self._lr,
             weight_decay=self._config.weight_decay,
-            optimizer=self._config.optimizer,
+            optimizer=self._optimizer,
+            factor=self._factor,
             error=error,
+            noise=noise,
         )
 
 

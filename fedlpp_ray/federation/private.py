@@ -12,8 +12,7 @@ known length whoever else returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -28,13 +27,13 @@ from fedlpp_ray.privacy.dp import (
     CLIP,
     NoisedMean,
     clipped,
+    draw_for,
     epsilon_of,
     next_clip,
     norm,
     update_multiplier,
     with_noise,
 )
-from fedlpp_ray.seeds import generator
 from fedlpp_ray.state import State
 
 Clipping = tuple[float, float | None]
@@ -76,8 +75,18 @@ class Private:
         noise = _SIGMAS * self._share("", self.first_clip)
         return max(noise, 0.5 + _SIGMAS * self._share(BELOW, 0.0)) if self.adaptive else noise
 
+    def clip_of(self, broadcast: State) -> float:
+        """C in force with a broadcast, as decoded."""
+        return float(broadcast[CLIP]) if self.adaptive else self.first_clip
+
+    def share_std(self, clip: float) -> float:
+        """Standard deviation of a client's own noise on an update; 0 where the server adds it."""
+        return self._share("", clip)
+
     def protect(self, round: int, client: int, update: State, broadcast: State) -> State:
         """What a client sends for its update: it clipped, and with its share of the noise.
+
+        The same update of a round is the same bits again; another one has a share of its own.
 
         Args:
             round: From 1.
@@ -85,12 +94,12 @@ class Private:
             update: u_i = a_i - D.
             broadcast: As decoded; it has C where the clip adapts.
         """
-        clip = float(broadcast[CLIP]) if self.adaptive else self.first_clip
+        clip = self.clip_of(broadcast)
         answer = clipped(update, clip)
         if self.adaptive:
             answer = answer | {BELOW: torch.tensor([0.5 if norm(update) <= clip else -0.5])}
         stds = {name: self._share(name, clip) for name in answer}
-        draw = partial(generator, self._seed, "dp share", round, client)
+        draw = draw_for(answer, stds, self._seed, "dp share", round, client)
         return with_noise(answer, stds, draw)
 
     def admit(self, answer: State, clip: float, *, exact: bool) -> None:
@@ -128,22 +137,26 @@ class Private:
         return answer | clipped(update, clip)
 
     def settle(
-        self, round: int, mean: Mapping[str, Tensor], returned: int, clip: float
+        self, round: int, mean: Mapping[str, Tensor], returned: Collection[int], clip: float
     ) -> tuple[Mapping[str, Tensor], Clipping, float]:
         """What the server makes of a round's mean, and all that it may look at.
+
+        The same mean of the same clients gives the same bits again; any other, also of this round
+        in another run of the seed, has noise of its own.
 
         Args:
             round: From 1.
             mean: Over those that returned, of what they sent; float64.
-            returned: How many.
+            returned: Whose.
             clip: C in force.
 
         Returns:
             K - D with noise, over the planned cohort; C and how many were within it; the next C.
         """
-        share = returned / self._cohort
+        share = len(returned) / self._cohort
         stds = {name: self._noise(name, clip) / self._cohort for name in mean}
-        draw = partial(generator, self._seed, "dp noise", round)
+        whose = "+".join(map(str, sorted(returned)))
+        draw = draw_for(mean, stds, self._seed, "dp noise", round, self._cohort, whose)
         if not self.adaptive:
             return NoisedMean(mean, share, stds, draw), (clip, None), clip
         counted = {BELOW: stds.pop(BELOW)}

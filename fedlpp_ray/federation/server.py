@@ -306,7 +306,7 @@ class Server:
         """The next state from a mean with noise, and with it the next clip."""
         assert self._private is not None
         mean, self._clipping, self._clip = self._private.settle(
-            round, total.direction(), len(total.clients), self._clip
+            round, total.direction(), total.clients, self._clip
         )
         return next_state(self._experiment.server.rule, self._state, own, mean, self._optimizer)
 

@@ -17,7 +17,8 @@ can compute it for the whole vocabulary and ask of each whether it lies in the s
 
 The check needs the gradient. SGD's first step is one, scaled (`gradient_of_step`). AdamW's first
 step has the gradient's signs alone: its magnitudes cancel, and with them the span. So does rounding
-on the uplink. Dropout before the layer, which the server does not know, changes the inputs.
+on the uplink. Dropout before the layer, which the server does not know, changes the inputs. A clip
+hides nothing: by how much it shortened a step is told by the step (`clip_factor`).
 
 That no token passes is not that none is known. Candidates ranked by their distance can give away
 all that the check does not: read `informed` and `auc` before `recall`.
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fedlpp_ray.privacy.membership import PrivacyError, measure_scores
+from fedlpp_ray.state import State
 
 RANK_TOLERANCE = 1e-6
 """A singular value up to this share of the largest is taken for the rounding of fp32 products."""
@@ -96,31 +98,39 @@ class Gradient:
         return max(edge, RANK_TOLERANCE * float(torch.linalg.matrix_norm(self.values, 2)))
 
 
+Optimizer = Literal["sgd", "adamw"]
+
+
 def gradient_of_step(
     update: Tensor,
     received: Tensor,
     *,
     lr: float,
     weight_decay: float,
-    optimizer: Literal["sgd", "adamw"] = "sgd",
+    optimizer: Optimizer = "sgd",
+    factor: float = 1.0,
     error: float = 0.0,
+    noise: float = 0.0,
 ) -> Gradient:
     """The gradient that one first step of an optimizer was made of; of AdamW, its signs.
 
-        SGD      u = -lr (g + weight_decay w)
-        AdamW    u = -lr (g / (|g| + 1e-8) + weight_decay w)
+        SGD      u = -f lr (g + weight_decay w)
+        AdamW    u = -f lr (g / (|g| + 1e-8) + weight_decay w)
 
     With AdamW's moments of one gradient m / sqrt(v) = sign(g) wherever |g| is well above its
     epsilon, whatever |g| is: the scale of each entry is lost.
 
     Args:
-        update: u, what the step added. It is known up to `error`, and up to the rounding of w + u
-            to fp32, of which it is a difference: both are in the result's noise.
+        update: u, what the step added, shortened by a clip. It is known up to `error` and `noise`,
+            and up to the rounding of w + u to fp32, of which it is a difference: all are in the
+            result's noise.
         received: w, of the same shape, what it began from.
         lr: Learning rate of that step.
         weight_decay: Of the optimizer.
         optimizer: Which.
+        factor: f, 1 where nothing was clipped (`clip_factor`).
         error: Root mean square of what the uplink's rounding changes, as a share of that of u.
+        noise: Standard deviation of what was added to each entry of u.
 
     Returns:
         g in the shape of the update; with AdamW -1, 0 or 1, and no noise.
@@ -128,14 +138,103 @@ def gradient_of_step(
     Raises:
         PrivacyError: the update is not finite.
     """
-    if not update.isfinite().all():
-        raise PrivacyError("inversion: the update is not finite; the training has diverged")
+    _check_finite(update)
     u, w = update.double(), received.double()
-    found = -u / lr - weight_decay * w
+    found = -u / (factor * lr) - weight_decay * w
     if optimizer == "adamw":
         return Gradient(found.round().clamp(-1, 1))
-    rounding, sent = _FP32 * _rms(w), error * _rms(u)
-    return Gradient(found, math.hypot(rounding, sent) / lr)
+    return Gradient(found, _unknown(u, w, factor, error, noise) / (factor * lr))
+
+
+def clip_factor(
+    update: State,
+    received: State,
+    *,
+    lr: float,
+    weight_decay: float,
+    optimizer: Optimizer = "sgd",
+    error: float = 0.0,
+    noise: float = 0.0,
+) -> float:
+    """f, by which a clip shortened one first step, found from that step alone.
+
+    Of AdamW: |u| = f lr |1 -+ weight_decay w| in every entry with a gradient well above the
+    optimizer's epsilon; f is the median of the ratios above half of the largest.
+
+    Of SGD: -u / lr = f (g + weight_decay w). Some v has v^T g = 0 where a matrix's gradient has not
+    full rank: of a batch of few inputs, and always of a classifier's head, whose rows add up to 0.
+    So v is a left eigenvector of (-u / lr) w^+, f weight_decay its eigenvalue, and v^T (-u / lr -
+    f weight_decay w) is 0 in all of its many columns, up to errors: an f that passes this is right.
+    A matrix whose decay is within its errors says nothing, and needs no f.
+
+    Args:
+        update: u, all of it: a clip is of all tensors together.
+        received: w.
+        lr, weight_decay, optimizer, error, noise: As of `gradient_of_step`.
+
+    Returns:
+        In (0, 1]. Of SGD 1 where f changes no more than the scale: without weight decay, or where
+        that is within the errors.
+
+    Raises:
+        PrivacyError: the update is not finite; or of SGD, no matrix tells.
+    """
+    for u in update.values():
+        _check_finite(u)
+    pairs = [(u.double(), received[name].double()) for name, u in update.items()]
+    if optimizer == "adamw":
+        return _common_step(pairs, lr, weight_decay)
+    found, matters = [(math.inf, 1.0)], False
+    for u, w in pairs:
+        unknown = _unknown(u, w, 1.0, error, noise)
+        if u.ndim == 2 and weight_decay * _rms(w) * lr > unknown:
+            matters = True
+            found += _candidates(Gradient(-u / lr, unknown / lr), w, weight_decay)
+    if not matters:
+        return 1.0
+    left, factor = min(found)
+    if left > 1:
+        raise PrivacyError(
+            "inversion: dp.clip with client.weight_decay: no gradient of less than full rank tells "
+            "by how much the clip shortened the decay; allowed: client.weight_decay 0"
+        )
+    return factor
+
+
+def _common_step(pairs: Sequence[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> float:
+    """f of a first step of AdamW; 1 of one that is zero."""
+    ratios = torch.cat(
+        [(u / lr / (1 - u.sign() * weight_decay * w)).abs().flatten() for u, w in pairs]
+    )
+    large = ratios[ratios > ratios.max() / 2]
+    return min(1.0, float(large.median())) if len(large) else 1.0
+
+
+def _candidates(step: Gradient, w: Tensor, weight_decay: float) -> list[tuple[float, float]]:
+    """Of a matrix's v: what f leaves of v^T (-u / lr), in units of its errors, and f."""
+    x = step.values
+    if len(x) > x.shape[1]:
+        x, w = x.T, w.T
+    values = torch.linalg.svdvals(w)
+    if len(x) == x.shape[1] or not values[-1] > RANK_TOLERANCE * values[0]:
+        return []
+    found, vectors = torch.linalg.eig((x @ torch.linalg.pinv(w)).T)
+    factors = (found.real / weight_decay).clamp(max=1)
+    rows = (vectors.T @ x.to(vectors)) - (factors * weight_decay)[:, None] * (
+        vectors.T @ w.to(vectors)
+    )
+    left = rows.norm(dim=1) / step.floor
+    return [pair for pair in zip(left.tolist(), factors.tolist(), strict=True) if pair[1] > 0]
+
+
+def _check_finite(update: Tensor) -> None:
+    if not update.isfinite().all():
+        raise PrivacyError("inversion: the update is not finite; the training has diverged")
+
+
+def _unknown(u: Tensor, w: Tensor, factor: float, error: float, noise: float) -> float:
+    """Root mean square of what is not known of u: rounding to fp32 and on the uplink, noise."""
+    return math.hypot(factor * _FP32 * _rms(w), error * _rms(u), noise)
 
 
 def row_space(gradients: Sequence[Gradient]) -> Tensor:

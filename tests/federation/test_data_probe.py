@@ -17,6 +17,7 @@ from fedlpp_ray.federation.server import Server
 from fedlpp_ray.lora import at_rank
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.privacy import PrivacyError
+from fedlpp_ray.privacy.dp import norm
 from fedlpp_ray.state import State
 from tests import tiny
 from tests.federation.test_generation import experiment as generation_experiment
@@ -252,6 +253,41 @@ def test_adamw_and_two_bits_give_away_less(classification: Experiment) -> None:
         found = probe_inversion(probe, 1, 0, seen(experiment, probe))["B"]
         assert found.recall < 0.5
         assert found.informed < 1
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("values", [{}, {"client.optimizer": "adamw", "client.lr": 1e-2}])
+def test_a_clip_hides_no_token(
+    classification: Experiment, values: dict[str, object], adaptive: bool
+) -> None:
+    """Of a step with weight decay, from A and B that it moves; by tenths of its length."""
+    plain = classification.with_values(STEP | values)
+    probe = DataProbe(plain)
+    once = seen(plain, probe, spread=0.05)
+    free = probe_inversion(probe, 1, 0, once)
+    clip = {"dp.clip": 0.1 * norm(once.update), "dp.noise_multiplier": 0.0}
+    clip |= {"dp.adaptive": adaptive, "server.weighting": "uniform"}
+    experiment = plain.with_values(clip)
+    probe = DataProbe(experiment)
+    short = seen(experiment, probe, spread=0.05)
+    assert norm(short.update) == pytest.approx(0.1 * norm(once.update), rel=1e-5)
+    assert short.clip == pytest.approx(norm(short.update), rel=1e-5)
+    found = probe_inversion(probe, 1, 0, short)
+    for factor in "AB":
+        assert abs(found[factor].rank - free[factor].rank) <= 1  # of one value near the floor
+        assert found[factor].auc == pytest.approx(free[factor].auc, abs=0.02)
+
+
+def test_a_clients_noise_is_known_to_the_probe(classification: Experiment) -> None:
+    """z C / sqrt(min_updates) on each entry; far above B's gradient it leaves no span."""
+    keys = {"dp.clip": 1.0, "dp.noise": "clients", "server.weighting": "uniform"}
+    experiment = classification.with_values(STEP | keys | {"federation.min_updates": 2})
+    probe = DataProbe(experiment)
+    short = seen(experiment, probe)
+    assert short.noise == pytest.approx(1 / 2**0.5)
+    found = probe_inversion(probe, 1, 0, short)
+    assert (found["B"].rank, found["B"].accepted, found["B"].auc) == (0, 0, 0.5)
+    assert 0.3 < found["A"].auc < 0.7
 
 
 def test_the_uplink_error_is_that_of_the_codec(classification: Experiment) -> None:

@@ -147,10 +147,76 @@ def test_no_two_rounds_have_the_same_noise(tiny_experiment: Experiment, noise: s
     found = []
     for round in (1, 2):
         share = rules.protect(round, 0, zeros, {})
-        mean, _, _ = rules.settle(round, {n: t.double() for n, t in share.items()}, 4, 0.05)
+        mean, _, _ = rules.settle(round, {n: t.double() for n, t in share.items()}, CLIENTS, 0.05)
         found.append(mean["A"])
     assert abs(float(torch.corrcoef(torch.stack(found))[0, 1])) < 0.5
     assert found[0].std() > 0
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """In standard errors, 1 / sqrt(numbers)."""
+    return abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) * math.sqrt(len(first))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"clients": CLIENTS[:3]},  # a round repeated with others, after its broadcast had gone out
+        {"shift": 1e-9},  # another run of the seed, in which one client's data differ
+        {"dp.noise_multiplier": 0.4},  # multiples of one noise cancel as well
+        {"federation.client_fraction": 1.0},
+    ],
+    ids=["clients", "data", "multiplier", "cohort"],
+)
+def test_no_two_sums_have_the_same_noise(
+    tiny_experiment: Experiment, other: dict[str, object]
+) -> None:
+    """Their difference would be a client's update without any, and so it is none."""
+    values = {n: v for n, v in other.items() if "." in n}
+    random = torch.Generator().manual_seed(0)
+    sums = {name: torch.randn(500, generator=random, dtype=torch.float64) for name in "AB"}
+    changed = sums | {"A": sums["A"].clone()}
+    changed["A"][7] += float(other.get("shift", 0.0))  # type: ignore[arg-type]
+    noise = []
+    for keys, mean, clients in (
+        ({}, sums, CLIENTS),
+        ({}, sums, CLIENTS[::-1]),
+        (values, changed, other.get("clients", CLIENTS)),
+    ):
+        experiment = tiny_experiment.with_values(CLIPPED | NOISED | keys)
+        found, _, _ = Private(experiment).settle(1, mean, clients, 0.05)  # type: ignore[arg-type]
+        share = len(clients) / experiment.federation.cohort_size  # type: ignore[arg-type]
+        noise.append({name: found[name] - mean[name] * share for name in found})
+    first, same, second = noise
+    for name in "AB":
+        assert torch.equal(first[name], same[name])
+        assert first[name].std() > 0
+        assert correlation(first[name], second[name]) < 5
+
+
+def test_who_returns_changes_the_noise_of_the_whole_round(tiny_experiment: Experiment) -> None:
+    loud = tiny_experiment.with_values(CLIPPED | NOISED)
+    quiet = loud.with_values({"dp.noise_multiplier": 0.0})
+    three, four = (flat(moved(loud, c)) - flat(moved(quiet, c)) for c in (CLIENTS[:3], CLIENTS))
+    assert correlation(three, four) < 5
+
+
+@pytest.mark.parametrize("change", [{"shift": 1e-6}, {"federation.min_updates": 2}])
+def test_a_client_repeats_a_share_of_the_noise_for_the_same_update_alone(
+    tiny_experiment: Experiment, change: dict[str, float]
+) -> None:
+    values = CLIPPED | NOISED | {"dp.noise": "clients", "federation.min_updates": 4}
+    random = torch.Generator().manual_seed(0)
+    update = {name: 1e-3 * torch.randn(500, generator=random) for name in "AB"}
+    changed = update | {"A": update["A"].clone()}
+    changed["A"][7] += change.get("shift", 0.0)
+    sent = Private(tiny_experiment.with_values(values)).protect(1, 3, update, {})
+    again = Private(tiny_experiment.with_values(values)).protect(1, 3, update, {})
+    keys = {name: value for name, value in change.items() if "." in name}
+    other = Private(tiny_experiment.with_values(values | keys)).protect(1, 3, changed, {})
+    for name in "AB":
+        assert torch.equal(sent[name], again[name])
+        assert correlation(sent[name] - update[name], other[name] - changed[name]) < 5
 
 
 def test_the_server_refuses_what_is_not_clipped(tiny_experiment: Experiment) -> None:

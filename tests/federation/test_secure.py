@@ -154,7 +154,7 @@ SLOW = ("half, replaced", "dp")
     [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in VARIANTS],
 )
 def test_a_round_ends_at_the_plain_state_within_half_a_unit(secure: Experiment, case: str) -> None:
-    """And two roundings to fp32."""
+    """And two roundings to fp32. Of dp all is on the grid: else the noise would be another."""
     experiment = secure.with_values(SHORT | VARIANTS[case])
     states = []
     for each in (experiment, plain(experiment)):

@@ -9,7 +9,7 @@ from fedlpp_ray.privacy.dp.clipping import (
     norm,
     update_multiplier,
 )
-from fedlpp_ray.privacy.dp.noise import NoisedMean, with_noise
+from fedlpp_ray.privacy.dp.noise import NoisedMean, draw_for, with_noise
 
 __all__ = [
     "BELOW",
@@ -17,6 +17,7 @@ __all__ = [
     "NoisedMean",
     "check_accountant",
     "clipped",
+    "draw_for",
     "epsilon_of",
     "next_clip",
     "norm",

@@ -1,20 +1,45 @@
-"""Gaussian noise whose bits follow from a seed.
+"""Gaussian noise whose bits follow from a seed, and from what it is added to.
 
-The generators are the project's, so that a run can be repeated. Who knows the seed can take the
-noise off again: a deployment must draw it from a secret source.
+Of two releases with the same noise the difference has none, and of two with multiples of it a
+combination has none. So the draw depends on every bit of what is noised and on the standard
+deviations (`draw_for`): the same release is the same bits again, and any other has noise of its
+own.
+
+The generators are the project's, so that a run can be repeated. Who knows the seed can check a
+guess of what was noised; and torch's generator on a CPU heeds 32 bits of what it is seeded with,
+which can be tried out without the seed. A deployment must draw noise by a cipher with a secret key.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fedlpp_ray.state import State
+from fedlpp_ray.seeds import generator
+from fedlpp_ray.state import State, state_digest
 
 Draw = Callable[[str], torch.Generator]
 """A tensor's name to the generator of its noise."""
+
+
+def draw_for(
+    values: Mapping[str, Tensor], stds: Mapping[str, float], seed: int, *purpose: str | int
+) -> Draw:
+    """The draw of the noise on some values: another one where a bit of them, or of `stds`, differs.
+
+    Args:
+        values: What is noised.
+        stds: By name, of the noise.
+        seed: Of the experiment.
+        purpose: As of `seeds.derive`: what else tells releases apart that may have equal values.
+    """
+    sizes = hashlib.sha256(json.dumps(sorted(stds.items())).encode()).hexdigest()
+    return partial(generator, seed, *purpose, sizes, state_digest(values))
 
 
 def with_noise(update: State, stds: Mapping[str, float], draw: Draw) -> State:
