@@ -3,7 +3,9 @@
 Over examples it is the paired percentile bootstrap (Efron and Tibshirani, "An Introduction to the
 Bootstrap", 1993, chapter 13): each resample takes the same examples for the server, all attacks and
 the floor, and chooses the strongest attack and the best floor anew. The maximum of noisy utilities
-is above their true maximum, so the error is on the side of less protection.
+is above their true maximum: over attacks that is an error on the side of less protection; over
+floors it makes the denominator smaller and |protection| larger, which is more protection where it
+is positive. Each is small where one of them is clearly the best.
 """
 
 from __future__ import annotations

@@ -72,6 +72,25 @@ def test_of_attacks_that_are_alike_the_maximum_leaves_less_protection_than_each(
     assert all(low is not None and found["all"].low <= low for low in lows)
 
 
+def test_of_floors_that_are_alike_the_best_leaves_protection_further_from_zero_than_each() -> None:
+    """The denominator shrinks: on the side of more protection where there is some."""
+    rng = np.random.default_rng(0)
+    server, floors = drawn(rng, 0.9), {"base": drawn(rng, 0.6), "own": drawn(rng, 0.6)}
+    for accuracy, side in ((0.75, 1), (0.98, -1)):
+        attacks = {"a": drawn(rng, accuracy)}
+
+        def ends(chosen: dict[str, Scores], attacks: dict[str, Scores] = attacks) -> list[float]:
+            found = bootstrap_protection(server, attacks, chosen, {"a": ["a"]}, seed=0)["a"]
+            assert found.low is not None
+            assert found.high is not None
+            return [found.low, found.high]
+
+        alone = [ends({name: floor}) for name, floor in floors.items()]
+        assert all(
+            side * x > side * y for each in alone for x, y in zip(ends(floors), each, strict=True)
+        )
+
+
 def test_the_same_seed_gives_the_same_interval_whatever_else_is_measured() -> None:
     server, attacks, floor = models(3)
     one = bootstrap_protection(
