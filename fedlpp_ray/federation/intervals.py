@@ -12,7 +12,7 @@ from fedlpp_ray.privacy import Interval, Scores, bootstrap_protection, mean_over
 from fedlpp_ray.tasks import UTILITY
 from fedlpp_ray.training import Scored
 
-NO_MEAN = "the utility is no mean over examples"
+NO_SUMS = "no sums over examples decide the utility"
 ALL = "all"
 """The group of all attacks; a level's is the level's name, an attack's the attack's after this."""
 _ATTACK = "attack: "
@@ -62,7 +62,7 @@ def _resampled(
     *,
     seed: int,
 ) -> dict[str, Interval]:
-    none = dict.fromkeys(groups, Interval(None, None, reason=NO_MEAN))
+    none = dict.fromkeys(groups, Interval(None, None, reason=NO_SUMS))
     attacks = {each.name: each.scores for each in outcomes if each.scores is not None}
     if len(attacks) < len(outcomes):
         return none

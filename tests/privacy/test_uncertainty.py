@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, ttest_1samp
 
-from fedlpp_ray.privacy import Scores, bootstrap_protection, mean_over_seeds
+from fedlpp_ray.privacy import Scores, bootstrap_protection, mean_over_seeds, uncertainty
+from fedlpp_ray.seeds import derive
 
 GROUPS = {"weak": ["weak"], "strong": ["strong"], "all": ["weak", "strong"]}
 
@@ -153,3 +154,41 @@ def test_the_interval_over_seeds_is_students() -> None:
     alone = mean_over_seeds([0.5])
     assert (alone.mean, alone.low, alone.high) == (0.5, None, None)
     assert mean_over_seeds([0.5, None, 0.1]).mean is None
+
+
+def test_a_utility_that_is_no_mean_is_computed_anew_in_each_resample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Precision: hits over guesses, both drawn; however many resamples are made at a time."""
+    rng = np.random.default_rng(0)
+
+    def precision(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
+        return found
+
+    def model(accuracy: float) -> Scores:
+        guesses = rng.integers(1, 9, 60)
+        values = np.stack([rng.binomial(guesses, accuracy), guesses], axis=1).astype(float)
+        return Scores(values, np.ones(60), precision)
+
+    models = [model(x) for x in (0.9, 0.3, 0.7)]
+    server, floor, attack = models
+    assert server.utility == pytest.approx(server.values[:, 0].sum() / server.values[:, 1].sum())
+
+    def interval() -> tuple[float | None, float | None]:
+        found = bootstrap_protection(
+            server, {"a": attack}, {"f": floor}, {"a": ["a"]}, seed=0, resamples=300
+        )["a"]
+        return found.low, found.high
+
+    draw = np.random.default_rng(derive(0, "bootstrap"))
+    protections = []
+    for _ in range(300):
+        taken = np.repeat(np.arange(60), draw.multinomial(60, np.full(60, 1 / 60)))
+        sums = [each.values[taken].sum(0) for each in models]
+        u, low, a = (hits / guesses for hits, guesses in sums)
+        protections.append((u - a) / (u - low))
+    expected = pytest.approx(tuple(np.quantile(protections, [0.025, 0.975])))
+    assert interval() == expected
+    monkeypatch.setattr(uncertainty, "_AT_ONCE", 600)
+    assert interval() == expected
