@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlpp_ray.command_line import check_writable_file, run_command
-from fedlpp_ray.config import Experiment, check_same, parse_overrides
+from fedlpp_ray.config import Experiment, check_same, check_same_adversary, parse_overrides
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.privacy import Interval
-from fedlpp_ray.storage import RunFolder, write_file
-from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT, read_result
+from fedlpp_ray.storage import CheckpointError, RunFolder, write_file
+from fedlpp_ray.storage.runs import LEAK_CURVE, RESULT, read_result, read_round
 
 UTILITY = "utility"
 """As in `fedlpp_ray.tasks`, whose import takes seconds."""
 
 if TYPE_CHECKING:
     from fedlpp_ray.privacy.attacks import Known
+    from fedlpp_ray.tracking.run_log import RunLog
 
 ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
@@ -69,10 +70,12 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     runs = [Path(x) for x in options.given if x not in overrides]
     if not runs:
         raise UserError("RUN is missing: the folder of a finished run")
-    experiments = [_experiment(read_result(run), overrides, run) for run in runs]
-    for run, experiment in zip(runs[1:], experiments[1:], strict=True):
-        check_same(experiment.with_values({"seed": experiments[0].seed}), experiments[0], str(run))
-    seeds = [experiment.seed for experiment in experiments]
+    outcomes = [read_result(run) for run in runs]
+    found = [_experiment(x, overrides, run) for x, run in zip(outcomes, runs, strict=True)]
+    for run, experiment in zip(runs[1:], found[1:], strict=True):
+        check_same(experiment.with_values({"seed": found[0].seed}), found[0], str(run))
+        check_same_adversary(experiment, found[0], str(run))
+    seeds = [experiment.seed for experiment in found]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the runs' seeds are {', '.join(map(str, seeds))}: each may be there once")
     several = len(runs) > 1
@@ -84,78 +87,133 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
     )
     for target in [*targets, *([summary] if several else [])]:
         check_writable_file("--json", target)
-    reports = [
-        _attack_run(options, console, *each)
-        for each in zip(runs, experiments, targets, strict=True)
-    ]
+    asked = [_asked(options, *x) for x in zip(runs, found, outcomes, targets, strict=True)]
+    reports = [_attack_run(each, options.curve, console) for each in asked]
     if several:
         from fedlpp_ray.federation.intervals import over_seeds
         from fedlpp_ray.federation.results import to_json
 
-        found = over_seeds(dict(zip(seeds, reports, strict=True)))
-        write_file(summary, (to_json(found) + "\n").encode())
-        Console(highlight=False).print(_seeds_table(found))
+        means = over_seeds(dict(zip(seeds, reports, strict=True)))
+        write_file(summary, (to_json(means) + "\n").encode())
+        Console(highlight=False).print(_seeds_table(means))
         console.print(f"seeds     {summary}")
     return 0
 
 
-def _attack_run(
+@dataclass(frozen=True)
+class _Asked:
+    """A run to be attacked, with all that could stand in the way known.
+
+    Attributes:
+        folder: Of the run.
+        experiment: What was run, and by whom it is attacked.
+        outcome: The run's result.
+        target: Where the report goes.
+        attacks: By name.
+        left_out: What the adversary cannot make, and why.
+        adapter: The server's final one; empty where there is none.
+        lacking: Why there is none.
+        log: The run in MLflow, if it is asked for.
+    """
+
+    folder: RunFolder
+    experiment: Experiment
+    outcome: dict[str, Any]
+    target: Path
+    attacks: dict[str, Known]
+    left_out: dict[str, str]
+    adapter: dict[str, bytes]
+    lacking: str
+    log: RunLog | None
+
+
+def _asked(
     options: argparse.Namespace,
-    console: Console,
     run: Path,
     experiment: Experiment,
+    outcome: dict[str, Any],
     target: Path,
-) -> dict[str, Any]:
-    """Attack one run, and write what came of it."""
-    outcome = read_result(run)
+) -> _Asked:
+    """What is asked for of a run, or why it cannot be had, before anything is computed.
+
+    Raises:
+        UserError: a broadcast, an attack or the tracking store cannot be used.
+    """
     # These take seconds to import; a wrong configuration is refused before.
-    from fedlpp_ray.federation.checkpoint import trained
-    from fedlpp_ray.federation.intervals import protection_intervals
-    from fedlpp_ray.federation.ladder import Ladder, check_adversary
-    from fedlpp_ray.federation.records import RoundRecord
-    from fedlpp_ray.federation.results import attack_report, to_json, utility_of
-    from fedlpp_ray.tracking.leak import save_leak_curve
+    from fedlpp_ray.federation.ladder import check_adversary
 
     check_adversary(experiment)
     attacks, left_out = _feasible(options.attacks, experiment)
     if options.curve and all(each.level != "broadcast" for each in attacks.values()):
         raise UserError("--curve: none of these attacks only reads broadcasts")
-    history = [RoundRecord.from_dict(record) for record in outcome["history"]]
-    broadcasts = RunFolder(run, experiment).kept()
-    if not broadcasts:
+    folder = RunFolder(run, experiment)
+    if not folder.kept():
         raise UserError(f"{run} has no broadcasts: it is of an earlier version, or no federation")
-    console.print(f"{run}: preparing ...")
-    ladder = Ladder(experiment, broadcasts, history)
+    adapter, lacking = _adapter(folder, outcome)
+    log = None
+    if options.tracking_uri:
+        from fedlpp_ray.tracking.run_log import RunLog
+
+        log = RunLog(options.tracking_uri, experiment, folder)
+    return _Asked(folder, experiment, outcome, target, attacks, left_out, adapter, lacking, log)
+
+
+def _adapter(folder: RunFolder, outcome: dict[str, Any]) -> tuple[dict[str, bytes], str]:
+    """The adapter that the server ended with; else none, and why: it costs intervals alone."""
+    from fedlpp_ray.federation.checkpoint import trained
+    from fedlpp_ray.federation.results import last_server
+
+    lacking = "the server has no model"
+    if last_server(outcome) is None:
+        return {}, lacking
+    try:
+        latest = folder.latest()
+        if latest and read_round(latest) < len(outcome["history"]):
+            return {}, f"{folder.path}: the last round's checkpoint is not whole"
+        return trained(folder), lacking
+    except CheckpointError as error:
+        return {}, str(error)
+
+
+def _attack_run(asked: _Asked, curve: int | None, console: Console) -> dict[str, Any]:
+    """Attack one run, and write what came of it."""
+    from fedlpp_ray.federation.intervals import protection_intervals
+    from fedlpp_ray.federation.ladder import Ladder
+    from fedlpp_ray.federation.records import RoundRecord
+    from fedlpp_ray.federation.results import attack_report, to_json, utility_of
+    from fedlpp_ray.tracking.leak import save_leak_curve
+
+    experiment, outcome, target = asked.experiment, asked.outcome, asked.target
+    history = [RoundRecord.from_dict(record) for record in outcome["history"]]
+    console.print(f"{asked.folder.path}: preparing ...")
+    ladder = Ladder(experiment, asked.folder.kept(), history)
     console.print(ladder.threat)
-    if left_out:
-        console.print(_left_out(left_out))
+    if asked.left_out:
+        console.print(_left_out(asked.left_out))
     outcomes = []
-    for each in ladder.run(attacks):
+    for each in ladder.run(asked.attacks):
         outcomes.append(each)
         console.print(f"{each.name:<28} {each.utility:.3f}")
     console.print("measuring the server and the floor ...")
     own = ladder.scored_floor()
     utilities = {name: utility_of(metrics) for name, (metrics, _) in own.items()}
     report = attack_report(experiment, outcome, outcomes, utilities)
-    report |= {"threat": ladder.threat, "left_out": left_out}
-    has_server = report["protection"]["server"] is not None
-    adapter = trained(RunFolder(run, experiment)) if has_server else {}
-    found = protection_intervals(ladder, outcomes, own, adapter, experiment.seed)
+    report |= {"threat": ladder.threat, "left_out": asked.left_out}
+    found = protection_intervals(
+        ladder, outcomes, own, asked.adapter, experiment.seed, lacking=asked.lacking
+    )
     _add_intervals(report, *found)
     files = [target]
-    if options.curve:
+    if curve:
         report["leak_curve"] = [
             {"name": each.name, "round": each.round, UTILITY: each.utility}
-            for each in ladder.curve(attacks, options.curve)
+            for each in ladder.curve(asked.attacks, curve)
         ]
         files.append(target.with_name(LEAK_CURVE))
         save_leak_curve(report, history, experiment.utility, files[-1])
     write_file(target, (to_json(report) + "\n").encode())
-    if options.tracking_uri:
-        from fedlpp_ray.tracking.run_log import RunLog
-
-        folder = RunFolder(run, experiment)
-        RunLog(options.tracking_uri, experiment, folder).attacked(report, files)
+    if asked.log:
+        asked.log.attacked(report, files)
     Console(highlight=False).print(_table(report))
     console.print(f"result    {target}")
     return report
@@ -231,11 +289,17 @@ def _table(report: dict[str, Any]) -> Table:
 
 def _seeds_table(found: dict[str, Any]) -> Table:
     seeds = ", ".join(map(str, found["seeds"]))
-    title = f"{found['threat']}; seeds {seeds}"
-    shown = Table("protection against", "mean", "95 % interval", "by seed", box=None, title=title)
+    columns = ("", "utility", "protection", "95 % interval", "protection by seed")
+    title = f"{found['threat']}\nmeans over seeds {seeds}"
+    shown = Table(*columns, box=None, title=title, title_justify="left")
+    utilities = found["utilities"]
     for name, each in found["protection"].items():
         values = " ".join(map(_shown, each["values"]))
-        shown.add_row(name, _shown(each["mean"]), _ends(each), values)
+        mean = _shown_utility(utilities[name]["mean"])
+        shown.add_row(name, mean, _shown(each["mean"]), _ends(each), values)
+    shown.add_section()
+    for name in ("server", "floor"):
+        shown.add_row(name, _shown_utility(utilities[name]["mean"]))
     return shown
 
 
@@ -247,6 +311,10 @@ def _ends(interval: dict[str, Any]) -> str:
 
 def _shown(protection: float | None) -> str:
     return "undefined" if protection is None else f"{protection:+.3f}"
+
+
+def _shown_utility(utility: float | None) -> str:
+    return "none" if utility is None else f"{utility:.3f}"
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     broadcasts = folder.kept()
     if not broadcasts:
         raise UserError(f"{run} has no broadcasts: it is of an earlier version, or of a sweep")
+    log = None
+    if options.tracking_uri:
+        from fedlpp_ray.tracking.run_log import RunLog
+
+        log = RunLog(options.tracking_uri, experiment, folder)
     console.print(f"{run}: preparing ...")
     there = [x for x in all_sent(history) if x.round in {each.round for each in chosen}]
     if clients is None and len(there) > len(chosen):
@@ -85,10 +90,8 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
         console.print(f"round {each.sent.round}, client {each.sent.client}")
     report = {"threat": view, **_report(found, experiment.seed)}
     write_file(target, (to_json(report) + "\n").encode())
-    if options.tracking_uri:
-        from fedlpp_ray.tracking.run_log import RunLog
-
-        RunLog(options.tracking_uri, experiment, folder).probed(report, [target])
+    if log:
+        log.probed(report, [target])
     shown = Console(highlight=False)
     shown.print(_membership_table(report))
     shown.print(_inversion_table(report))

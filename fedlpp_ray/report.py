@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from fedlpp_ray.runtime.sweep import TrialOutcome
 from fedlpp_ray.tasks import UTILITY
-from fedlpp_ray.tracking.metrics import FINAL_UTILITY, PROTECTION, ROUND, SERVER_UTILITY, short
+from fedlpp_ray.tracking.metrics import (
+    FINAL_UTILITY,
+    PROTECTION,
+    ROUND,
+    SERVER_UTILITY,
+    THREAT,
+    short,
+)
 
 BEST = "non_dominated"
+_LISTED = 4
+"""Threat models that a plot's title has room for."""
 _COLUMNS = {
     FINAL_UTILITY: "server",
     f"client_before/{UTILITY}": "client before",
@@ -30,7 +42,7 @@ _COLUMNS = {
 def summarize(
     outcomes: Iterable[TrialOutcome], keys: Sequence[str], objectives: Mapping[str, str]
 ) -> pd.DataFrame:
-    """One row a trial: searched keys, status, last metrics, and whether it is non-dominated.
+    """One row a trial: searched keys, status, last metrics, against whom, whether non-dominated.
 
     A trial that failed, was stopped, or lacks an objective (undefined protection is NaN), is never
     non-dominated.
@@ -39,7 +51,7 @@ def summarize(
     for outcome in outcomes:
         searched = {key: _plain(outcome.config.get(key)) for key in keys}
         row = {"trial": outcome.trial, **searched, "status": outcome.status, **outcome.metrics}
-        rows.append(row | {"error": outcome.error})
+        rows.append(row | {THREAT: outcome.threat, "error": outcome.error})
     table = pd.DataFrame(rows)
     for metric in {*objectives, *_COLUMNS, SERVER_UTILITY} - set(table):  # no trial has it
         table[metric] = math.nan
@@ -74,9 +86,15 @@ def non_dominated(points: Any, directions: Iterable[str]) -> list[bool]:
 
 
 def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
-    """The summary for the terminal; a star marks the non-dominated trials."""
+    """The summary for the terminal; a star marks the non-dominated trials.
+
+    Against whom protection is, is said below; where trials differ in that, by a letter in each row.
+    """
+    letters = _letters(table)
     titles = [key.rpartition(".")[2].replace("_", " ") for key in keys]  # words, to break lines at
-    shown = Table("", *titles, *_COLUMNS.values(), box=None)
+    differing = [THREAT] if len(letters) > 1 else []
+    shown = Table("", *titles, *_COLUMNS.values(), *differing, box=None)
+    shown.caption, shown.caption_justify = Text("\n".join(_legend(letters))), "left"
     shown.columns[1 + len(keys) + list(_COLUMNS).index(PROTECTION)].no_wrap = True
     for _, row in table.iterrows():
         cells = [_cell(column, row.get(column, math.nan)) for column in _COLUMNS]
@@ -85,8 +103,28 @@ def console_table(table: pd.DataFrame, keys: Sequence[str]) -> Table:
             after = "" if math.isnan(last) else f" at {last:.0f}"
             cells[list(_COLUMNS).index(PROTECTION)] = f"{row['status']}{after}"
             cells[list(_COLUMNS).index(FINAL_UTILITY)] = _cell(SERVER_UTILITY, row[SERVER_UTILITY])
+        cells += [letters.get(row[THREAT], "") for _ in differing]
         shown.add_row("*" if row[BEST] else "", *[short(row[key]) for key in keys], *cells)
     return shown
+
+
+def _letters(table: pd.DataFrame) -> dict[str, str]:
+    """A letter, or two, for each threat model that protections of the summary are against."""
+    found = table[table["status"] == "finished"][THREAT].dropna().unique()
+    return {threat: _letter(number) for number, threat in enumerate(found)}
+
+
+def _letter(number: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    high, low = divmod(number, len(ascii_lowercase))
+    return (_letter(high - 1) if high else "") + ascii_lowercase[low]
+
+
+def _legend(letters: Mapping[str, str]) -> list[str]:
+    """What the letters stand for; of a single one the threat model alone."""
+    if len(letters) < 2:
+        return [f"threat: {threat}" for threat in letters]
+    return [f"threat {letter}: {threat}" for threat, letter in letters.items()]
 
 
 def _cell(column: str, value: float) -> str:
@@ -102,6 +140,8 @@ def _cell(column: str, value: float) -> str:
 def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path) -> None:
     """Server utility and the strongest client's against bytes, trials joined by a line.
 
+    The title says against whom; where trials differ in that, a letter stands at each client.
+
     Args:
         table: From `summarize`.
         keys: The searched keys; the first one colours the points.
@@ -112,7 +152,7 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    finished = table[table["status"] == "finished"]
+    finished, letters = table[table["status"] == "finished"], _letters(table)
     for number, (value, group) in enumerate(finished.groupby(keys[0], sort=False)):
         colour = f"C{number}"
         megabytes = group["bytes/total"] / 1e6
@@ -121,6 +161,10 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path
         axes.scatter(megabytes, group[FINAL_UTILITY], color=colour, label=label)
         client = axes.scatter(megabytes, group["strongest_client"], color=colour, marker="x")
         client.set_label(None)
+        for x, (_, row) in zip(megabytes, group.iterrows(), strict=True):
+            if len(letters) > 1 and row[THREAT] in letters:
+                place = (x, row["strongest_client"])
+                axes.annotate(letters[row[THREAT]], place, (4, -4), textcoords="offset points")
         best = group[group[BEST]]
         axes.scatter(best["bytes/total"] / 1e6, best[FINAL_UTILITY], s=140, fc="none", ec=colour)
     if len(finished):
@@ -129,7 +173,10 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path
     axes.scatter([], [], s=140, fc="none", ec="0.3", label="non-dominated")
     axes.plot([], [], color="0.5", alpha=0.2, lw=8, label="floor")
     axes.set(xlabel="MB moved, both directions", ylabel=f"held-out {utility}")
-    axes.set_title("Server (dot) and strongest client (cross): a gap is protection")
+    title = ["Server (dot) and strongest client (cross): a gap is protection", *_legend(letters)]
+    if len(title) > 1 + _LISTED:
+        title[1 + _LISTED :] = [f"and {len(letters) - _LISTED} more: column {THREAT} of the table"]
+    axes.set_title("\n".join(fill(line, 110) for line in title), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from fedlpp_ray import attack, train
+from fedlpp_ray import attack, probe, train
 from fedlpp_ray.config import Experiment, dump_experiment
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.checkpoint import trained
 from fedlpp_ray.federation.intervals import over_seeds
 from fedlpp_ray.federation.ladder import Ladder
@@ -66,7 +68,18 @@ def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
     (logged,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])
     points = client.get_metric_history(logged.info.run_id, "attacks/leak_curve")
     assert [(p.step, p.value) for p in points] == [(c["round"], c["utility"]) for c in curve]
-    assert logged.data.metrics["attacks/strongest"] == report["protection"]["strongest"][1]
+    metrics, protection = logged.data.metrics, report["protection"]
+    assert metrics["attacks/strongest"] == protection["strongest"][1]
+    assert metrics["attacks/floor"] == protection["floor"][1]
+    assert metrics["attacks/server"] == protection["server"]
+    for prefix, found in (
+        ("attacks", protection),
+        ("attacks/trained", report["levels"]["trained"]),
+    ):
+        expected = {"protection": found["value"], "strongest": found["strongest"][1]}
+        expected |= {f"protection_{end}": found["interval"][end] for end in ("low", "high")}
+        for name, value in expected.items():  # what is undefined is not logged
+            assert metrics.get(f"{prefix}/{name}") == value
     assert logged.info.status == "FINISHED"
     assert logged.data.tags["attacks.threat"] == report["threat"]
     assert logged.data.tags["attacks.adversary.architecture"] == "known"
@@ -188,12 +201,106 @@ def test_runs_with_other_seeds_give_a_mean_and_others_are_refused(
     assert "client.lr is 0.5 in the checkpoint" in capsys.readouterr().err
 
 
+def of_another_seed(run: Path, other: Path, **adversary: object) -> Path:
+    """A copy that says that it was another seed's, and has no checkpoint to say otherwise."""
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoints", "run-id"))
+    outcome = json.loads((other / "result.json").read_text())
+    outcome["config"]["seed"] = 1
+    outcome["config"]["adversary"] |= adversary
+    (other / "result.json").write_text(json.dumps(outcome))
+    return other
+
+
+def test_runs_of_several_seeds_are_shown_with_their_utilities(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = of_another_seed(run, tmp_path / "other", watch=[]), tmp_path / "out.json"
+    options = ["--attacks", "last-broadcast", "--json", str(out)]
+    assert attack.main([str(run), str(other), *options]) == 0
+    found = json.loads(out.read_text())
+    assert set(found["utilities"]) == {*found["protection"], "server", "floor"}
+    shown = capsys.readouterr().out.partition("means over seeds 0, 1")[2].splitlines()
+    for name, each in found["utilities"].items():
+        assert any(row.startswith(f" {name} ") and f"{each['mean']:.3f}" in row for row in shown)
+    threats = [json.loads((x / "attacks.json").read_text())["threat"] for x in (run, other)]
+    assert all(threat in found["threat"] for threat in threats)
+
+
+def test_runs_with_other_adversaries_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = of_another_seed(run, tmp_path / "other", colluders=4, base="proprietary")
+    options = ["--attacks", "last-broadcast", "--json", str(tmp_path / "out.json")]
+    assert attack.main([str(run), str(other), *options]) == 2
+    shown = capsys.readouterr().err
+    assert "adversary.base is proprietary there, None here; adversary.colluders is 4" in shown
+    assert "One for all, e.g.: adversary.base=null adversary.colluders=1" in shown
+    assert "preparing" not in shown
+    given = ["adversary.base=null", "adversary.colluders=1"]
+    assert attack.main([str(run), str(other), *given, *options]) == 0
+
+
+def test_without_a_whole_checkpoint_there_is_no_interval_and_it_is_said_why(
+    run: Path, tmp_path: Path
+) -> None:
+    """The attacks, which need none, are not lost."""
+    options = ["--attacks", "last-broadcast"]
+    found = []
+    for name in ("torn", "gone"):
+        other = tmp_path / name
+        shutil.copytree(run, other)
+        *_, last = sorted((other / "checkpoints").iterdir())
+        (last / "adapter" / "adapter_model.safetensors").unlink()
+        if name == "gone":
+            shutil.rmtree(other / "checkpoints")
+        assert attack.main([str(other), *options]) == 0
+        found.append(json.loads((other / "attacks.json").read_text())["protection"]["interval"])
+    assert [each["low"] for each in found] == [None, None]
+    assert "the last round's checkpoint is not whole" in found[0]["reason"]
+    assert "has no checkpoint" in found[1]["reason"]
+
+
+def test_a_store_that_cannot_be_used_is_noticed_before_anything_is_computed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert attack.main([str(run), "--tracking-uri", "nonsense://x", "--json", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert "MLflow at 'nonsense://x'" in shown
+    assert "preparing" not in shown
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not the result of a run: Expecting property name"),
+        ("[]", "not the result of a run: it holds no keys"),
+        ("{}", "not the result of a run: no 'config'"),
+        ('{"rows": []}', "not the result of a run: no 'config'"),
+        ('{"config": {"seed": 0}, "history": []}', "not the result of a run: no 'history'"),
+        (
+            '{"config": {"seed": 0}, "history": [1], "floor": {"a": 1}, "protection": {"a": 1}}',
+            "no",
+        ),
+        ("\udcff", "not the result of a run: 'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_no_result_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "result.json").write_bytes(text.encode(errors="surrogateescape"))
+    for command in (attack, probe):
+        assert command.main([str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_mean_over_seeds_is_of_each_attack_each_level_and_all() -> None:
-    def report(value: float | None) -> dict[str, object]:
+    def report(value: float | None, name: str = "a", threat: str = "t") -> dict[str, Any]:
         level = {"value": value, "server": 0.9, "strongest": ("a", 0.8), "floor": ("b", 0.3)}
-        attacks = [{"name": "a", "protection": value}]
+        attacks = [{"name": name, "protection": value, "metrics": {"utility": 0.8}}]
         return {
-            "threat": "t",
+            "threat": threat,
             "attacks": attacks,
             "levels": {"trained": level},
             "protection": level,
@@ -204,4 +311,10 @@ def test_the_mean_over_seeds_is_of_each_attack_each_level_and_all() -> None:
     assert found["protection"]["a"]["mean"] == pytest.approx(0.2)
     assert found["protection"]["a"]["low"] == pytest.approx(0.2 - 12.7062 * 0.1, abs=1e-4)
     assert found["utilities"]["server"]["mean"] == 0.9
+    assert found["utilities"]["a"]["mean"] == 0.8
+    assert found["threat"] == "t"
     assert over_seeds({0: report(0.1), 1: report(None)})["protection"]["a"]["mean"] is None
+    another = over_seeds({0: report(0.1), 1: report(0.1, threat="u")})
+    assert another["threat"] == "seed 0: t\nseed 1: u"
+    with pytest.raises(UserError, match=r"seeds 0 and 1 were not attacked by the same .*: a, b"):
+        over_seeds({0: report(0.1), 1: report(0.1, name="b")})

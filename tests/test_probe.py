@@ -99,13 +99,16 @@ def test_one_step_is_inverted_and_noise_is_named(
         (["--rounds", "a"], "--rounds a: allowed: whole numbers, such as 1,6,12"),
         (["--clients", "99"], "--clients 99: not sampled in any round; it has updates in none"),
         (["--json", "no/where.json"], "--json no/where.json: cannot be written"),
+        (["--tracking-uri", "nonsense://x"], "MLflow at 'nonsense://x'"),
     ],
 )
-def test_wrong_input_is_one_line(
+def test_wrong_input_is_one_line_before_anything_is_computed(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert probe.main([str(run), *arguments]) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "preparing" not in shown
 
 
 def test_runs_without_updates_are_refused(

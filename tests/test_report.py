@@ -92,6 +92,31 @@ def test_a_search_of_many_keys_is_shown_in_full() -> None:
     assert not any("…" in word for word in words)
 
 
+def test_a_sweep_says_against_whom_protection_is(
+    outcomes: list[TrialOutcome], tmp_path: Path
+) -> None:
+    """Of all alike once, and where trials differ by a letter in each row; always in the table."""
+
+    def shown(*threats: str | None) -> list[str]:
+        trials = [replace(outcomes[0], trial=str(i), threat=x) for i, x in enumerate(threats)]
+        table = summarize([*trials, outcomes[2]], ["downlink.bits"], OBJECTIVES)
+        assert [x if isinstance(x, str) else None for x in table["threat"]] == [*threats, None]
+        save_plot(table, ["downlink.bits"], "accuracy", tmp_path / "x.png")
+        console = Console(width=168, record=True, file=io.StringIO())
+        console.print(console_table(table, ["downlink.bits"]))
+        return [line.rstrip() for line in console.export_text().splitlines()]
+
+    heading, *_, said = shown("one [client]", "one [client]")
+    assert "threat" not in heading
+    assert said == "threat: one [client]"
+    heading, first, second, third, failed, *said = shown("one", "many", "one")
+    assert heading.endswith("seconds  threat")
+    assert [row.split()[-1] for row in (first, second, third, failed)] == ["a", "b", "a", "-"]
+    assert said == ["threat a: one", "threat b: many"]
+    assert len(shown(*map(str, range(30)))) == 1 + 31 + 30
+    assert "threat" not in "".join(shown(None))
+
+
 def test_plots_are_drawn_also_of_sweeps_with_failures(
     outcomes: list[TrialOutcome], tmp_path: Path
 ) -> None:

@@ -3,7 +3,12 @@
 from fedlpp_ray.config.adversary import AdversaryConfig
 from fedlpp_ray.config.errors import ConfigError
 from fedlpp_ray.config.files import dump_experiment, load_experiment, parse_overrides
-from fedlpp_ray.config.identity import check_same, fingerprint, flat_config
+from fedlpp_ray.config.identity import (
+    check_same,
+    check_same_adversary,
+    fingerprint,
+    flat_config,
+)
 from fedlpp_ray.config.links import DownlinkConfig, UplinkConfig
 from fedlpp_ray.config.model import AdapterConfig, EmulatorConfig, LoraConfig, ModelConfig
 from fedlpp_ray.config.parties import ClientConfig, FederationConfig, ServerConfig
@@ -39,6 +44,7 @@ __all__ = [
     "UplinkConfig",
     "ZeroConfig",
     "check_same",
+    "check_same_adversary",
     "dump_experiment",
     "fingerprint",
     "flat_config",

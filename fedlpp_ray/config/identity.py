@@ -10,6 +10,8 @@ from typing import Any
 from fedlpp_ray.config.errors import ConfigError
 from fedlpp_ray.config.schema import Experiment
 
+_ITS_OWN = ("watch", "at_end")
+"""Keys of `adversary` that say what a run measures itself."""
 _SHOWN = 8
 """Differences that a message names; of two unrelated experiments there are dozens."""
 
@@ -54,6 +56,33 @@ def check_same(there: Experiment, here: Experiment, where: str) -> None:
         raise ConfigError(
             f"{where} is of another experiment: {'; '.join(differing[:_SHOWN])}{more}"
         )
+
+
+def check_same_adversary(there: Experiment, here: Experiment, where: str) -> None:
+    """Refuse to compare what different adversaries made of runs.
+
+    What a run measures itself (`watch...`, `at_end`) may differ.
+
+    Args:
+        there: What was run, and by whom it is attacked.
+        here: The same of the run that it is compared with.
+        where: The place of the first, for the message.
+
+    Raises:
+        ConfigError: naming each key that differs, with both values, and how to give one for all.
+    """
+    old, new = (each.adversary.model_dump(mode="json") for each in (there, here))
+    differing = [key for key in new if old[key] != new[key] and not key.startswith(_ITS_OWN)]
+    if not differing:
+        return
+    shown = "; ".join(f"adversary.{x} is {old[x]} there, {new[x]} here" for x in differing)
+    for_all = " ".join(f"adversary.{x}={_as_given(new[x])}" for x in differing)
+    raise ConfigError(f"{where} has another adversary: {shown}. One for all, e.g.: {for_all}")
+
+
+def _as_given(value: Any) -> str:
+    """A value as a command line has it."""
+    return "null" if value is None else str(value)
 
 
 def _decisive(experiment: Experiment) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.ladder import Ladder, Outcome
 from fedlpp_ray.privacy import Interval, Scores, bootstrap_protection, mean_over_seeds
+from fedlpp_ray.tasks import UTILITY
 from fedlpp_ray.training import Scored
 
-NO_MEAN = "the utility is no mean over examples"
+NO_SUMS = "no sums over examples decide the utility"
 ALL = "all"
 """The group of all attacks; a level's is the level's name, an attack's the attack's after this."""
 _ATTACK = "attack: "
@@ -22,6 +24,8 @@ def protection_intervals(
     own: Mapping[str, Scored],
     adapter: Mapping[str, bytes],
     seed: int,
+    *,
+    lacking: str = "the server has no model",
 ) -> tuple[dict[str, Interval], dict[str, Interval], Interval]:
     """Of each attack, of each level, and of the strongest of all.
 
@@ -31,15 +35,19 @@ def protection_intervals(
         ladder: That made the outcomes.
         outcomes: Of the attacks, at least one.
         own: `Ladder.scored_floor`.
-        adapter: The server's final one, as `checkpoint.trained` reads it; empty where protection is
-            undefined for want of a server's model.
+        adapter: The server's final one, as `checkpoint.trained` reads it; empty where there is
+            none.
         seed: Of the resamples.
+        lacking: Why there is none.
     """
     groups = {f"{_ATTACK}{each.name}": [each.name] for each in outcomes}
     for level in dict.fromkeys(each.level for each in outcomes):
         groups[level] = [each.name for each in outcomes if each.level == level]
     groups[ALL] = [each.name for each in outcomes]
-    found = _resampled(ladder, outcomes, own, adapter, groups, seed=seed)
+    if adapter:
+        found = _resampled(ladder, outcomes, own, adapter, groups, seed=seed)
+    else:
+        found = dict.fromkeys(groups, Interval(None, None, reason=lacking))
     attacks = {key.removeprefix(_ATTACK): x for key, x in found.items() if key.startswith(_ATTACK)}
     levels = {key: x for key, x in found.items() if not key.startswith(_ATTACK) and key != ALL}
     return attacks, levels, found[ALL]
@@ -54,19 +62,15 @@ def _resampled(
     *,
     seed: int,
 ) -> dict[str, Interval]:
-    def none(reason: str) -> dict[str, Interval]:
-        return dict.fromkeys(groups, Interval(None, None, reason=reason))
-
-    if not adapter:
-        return none("the server has no model")
+    none = dict.fromkeys(groups, Interval(None, None, reason=NO_SUMS))
     attacks = {each.name: each.scores for each in outcomes if each.scores is not None}
     if len(attacks) < len(outcomes):
-        return none(NO_MEAN)
+        return none
     (_, server), floors = ladder.compared(adapter)
     floor = {name: scores for name, (_, scores) in (floors | dict(own)).items()}
     known: dict[str, Scores] = {name: x for name, x in floor.items() if x is not None}
     if server is None or len(known) < len(floor):
-        return none(NO_MEAN)
+        return none
     return bootstrap_protection(server, attacks, known, groups, seed=seed)
 
 
@@ -74,24 +78,46 @@ def over_seeds(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Protection over runs that differ in their seed: of each attack, each level and in all.
 
     Args:
-        reports: Of `fedlpp_ray.attack`, by seed; of the same attacks.
+        reports: Of `fedlpp_ray.attack`, by seed.
+
+    Returns:
+        `seeds`; `threat`, by seed where it differs, as of which client is the strongest; and of
+        `mean_over_seeds` by name `protection` and `utilities`, these of the server and the floor,
+        too.
+
+    Raises:
+        UserError: the runs were not attacked by the same attacks.
     """
-    first = next(iter(reports.values()))
-    values: dict[str, list[float | None]] = {}
-    for report in reports.values():
-        for each in report["attacks"]:
-            values.setdefault(each["name"], []).append(each["protection"])
-        for level, each in report["levels"].items():
-            values.setdefault(f"strongest, {level}", []).append(each["value"])
-        values.setdefault("strongest of all", []).append(report["protection"]["value"])
+    found = {seed: _by_name(report) for seed, report in reports.items()}
+    (first, names), *others = found.items()
+    for seed, other in others:
+        if alone := names.keys() ^ other.keys():
+            raise UserError(
+                f"seeds {first} and {seed} were not attacked by the same attacks, so they have no "
+                f"mean: {', '.join(sorted(alone))} only of one"
+            )
+    utilities = {name: [each[name][0] for each in found.values()] for name in names}
+    for key in ("server", "floor"):
+        utilities[key] = [_utility(report["protection"][key]) for report in reports.values()]
+    protections = {name: [each[name][1] for each in found.values()] for name in names}
+    threats = {seed: report["threat"] for seed, report in reports.items()}
+    by_seed = "\n".join(f"seed {seed}: {threat}" for seed, threat in threats.items())
+    alike = len(set(threats.values())) == 1
     return {
         "seeds": list(reports),
-        "threat": first["threat"],
-        "utilities": {
-            key: asdict(mean_over_seeds([_utility(x["protection"][key]) for x in reports.values()]))
-            for key in ("server", "strongest", "floor")
-        },
-        "protection": {name: asdict(mean_over_seeds(found)) for name, found in values.items()},
+        "threat": threats[first] if alike else by_seed,
+        "utilities": {name: asdict(mean_over_seeds(x)) for name, x in utilities.items()},
+        "protection": {name: asdict(mean_over_seeds(x)) for name, x in protections.items()},
+    }
+
+
+def _by_name(report: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
+    """Utility and protection of each attack, and of the strongest of each level and of all."""
+    strongest = {f"strongest, {level}": each for level, each in report["levels"].items()}
+    strongest["strongest of all"] = report["protection"]
+    attacks = {x["name"]: (x["metrics"][UTILITY], x["protection"]) for x in report["attacks"]}
+    return attacks | {
+        name: (_utility(each["strongest"]), each["value"]) for name, each in strongest.items()
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from fedlpp_ray.config import Experiment, FederationConfig, Section
+from fedlpp_ray.config import Experiment, FederationConfig, Section, TaskConfig
 from fedlpp_ray.federation.attacked import check_at_end
 from fedlpp_ray.federation.combinations import check_combinations
 from fedlpp_ray.federation.secure import grid_of
@@ -20,7 +20,17 @@ from fedlpp_ray.models import (
     make_emulator,
     trained_modules,
 )
-from fedlpp_ray.tasks import Wording, check_text_metrics, load_task, share_out
+from fedlpp_ray.tasks import (
+    Examples,
+    Prompts,
+    Task,
+    TaskError,
+    Wording,
+    check_text_metrics,
+    load_auxiliary,
+    load_task,
+    share_out,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +41,8 @@ def check(experiments: Iterable[Experiment]) -> None:
     The models are built without weights. How many examples no client has is logged.
 
     Raises:
-        AssetError, TaskError: a model, its tokenizer or data cannot be used.
+        AssetError, TaskError: a model, its tokenizer, data, or the auxiliary text of attacks at the
+            end cannot be used.
         BaseFormatError, LoraError, LayersError: a client base, an emulator or an adapter does not
             fit its model.
         ConfigError: keys do not go together, or the sums of `secure` would overflow.
@@ -53,6 +64,8 @@ def check(experiments: Iterable[Experiment]) -> None:
                 if _of_shares(user) == (federation, seed, own) and user.secure.threshold:
                     grid_of(user, shares.sizes.tolist())
             left_out.add((federation.clients, shares.left_out, len(train)))
+        for named in {user.adversary.auxiliary for user in users if user.adversary.at_end} - {None}:
+            _check_auxiliary(config, str(named), task)
         for clients, examples, total in sorted(left_out):
             if examples:
                 logger.warning(
@@ -63,6 +76,18 @@ def check(experiments: Iterable[Experiment]) -> None:
         classes = len(task.labels) if config.kind == "classification" else None
         for user in {_of_model(user): user for user in users}.values():
             _check_model(user, classes)
+
+
+def _check_auxiliary(config: TaskConfig, named: str, task: Task) -> None:
+    """Refuse text for attacks at the end of a run that would leave them none."""
+    if set(_texts(load_auxiliary(config, named))) <= set(_texts(task.held_out)):
+        raise TaskError(f"adversary.auxiliary: each text of '{named}' is held out")
+
+
+def _texts(found: Examples | Prompts) -> Iterable[tuple[str, ...]]:
+    if isinstance(found, Prompts):
+        return zip(found.prompts)
+    return zip(found.texts, found.pairs, strict=True) if found.pairs else zip(found.texts)
 
 
 def _of_shares(experiment: Experiment) -> tuple[FederationConfig, int, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedlpp_ray import __version__
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import EVALUATED, Final, Floor, RoundRecord
-from fedlpp_ray.federation.threat import threat_of_run
+from fedlpp_ray.federation.threat import threat_of_result
 from fedlpp_ray.privacy import Protection, measure_protection
 from fedlpp_ray.tasks import UTILITY
 
@@ -34,8 +34,8 @@ def run_protection(
 
     A client keeps what it receives, so its strongest model is taken over all evaluated rounds, and
     compared with the model that the server ends with: its final one, or that of the last round.
-    Chosen on the held-out data, the maximum flatters the client a little: the error is on the side
-    of less protection.
+    Chosen on the held-out data, this maximum flatters the client a little: an error on the side of
+    less protection. That over floors makes the denominator smaller, and |protection| larger.
     """
     evaluated = [record for record in history if record.evaluation]
     attacks = {
@@ -106,7 +106,7 @@ def result(
         "final": final.to_dict() if final else None,
         "floor": asdict(floor),
         "protection": asdict(run_protection(history, floor, final, ladder)),
-        "threat": threat_of_run(experiment),
+        "threat": threat_of_result(experiment, ladder.threat if ladder else None),
         "seconds": _seconds(history, ladder),
         "versions": {"fedlpp_ray": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},

@@ -41,8 +41,20 @@ def threat_of(
     )
 
 
+def threat_of_result(experiment: Experiment, ladder: str | None) -> str:
+    """Of a result's protection: of what the run measured, and of the ladder at its end.
+
+    Args:
+        experiment: What was run.
+        ladder: The ladder's, or why there was no attack; None where `adversary.at_end` asks for
+            none.
+    """
+    own = threat_of_run(experiment)
+    return own if ladder is None else f"{own}; and at the end {ladder}"
+
+
 def threat_of_run(experiment: Experiment) -> str:
-    """Of what a run measures itself: the client's models, and what `adversary.watch` names."""
+    """Of what a run measures as it goes: the client's models, and what `adversary.watch` names."""
     if experiment.method != "federated":
         return f"none: method '{experiment.method}' sends nothing"
     config = experiment.adversary

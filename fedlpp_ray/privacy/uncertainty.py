@@ -3,13 +3,18 @@
 Over examples it is the paired percentile bootstrap (Efron and Tibshirani, "An Introduction to the
 Bootstrap", 1993, chapter 13): each resample takes the same examples for the server, all attacks and
 the floor, and chooses the strongest attack and the best floor anew. The maximum of noisy utilities
-is above their true maximum, so the error is on the side of less protection.
+is above their true maximum: over attacks that is an error on the side of less protection; over
+floors it makes the denominator smaller and |protection| larger, which is more protection where it
+is positive. Each is small where one of them is clearly the best.
+
+A utility need be no mean: of one that sums over examples decide, such as corpus BLEU, each resample
+sums anew (Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,23 +28,38 @@ _AT_ONCE = 2_000_000
 """Numbers drawn at a time, which bounds the memory."""
 
 
+def weighted_mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of sums (..., 2): of values times weights, and of weights."""
+    found: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """A model's utility example by example: their weighted mean is the utility.
+    """What each example adds to a model's utility.
 
     Attributes:
-        values: (examples,) float64, e.g. 1 where the label is right and 0 else; NaN of a model that
-            has diverged.
+        values: (examples,) or (examples, k) float64, e.g. 1 where the label is right and 0 else;
+            NaN of a model that has diverged.
         weights: (examples,) float64, e.g. 1, or the tokens of each text. The same for all models.
+        of_sums: Utilities (...,) of sums (..., k + 1) over examples: of values times weights, and
+            of weights. The weighted mean where k is 1.
     """
 
     values: NDArray[np.float64]
     weights: NDArray[np.float64]
+    of_sums: Callable[[NDArray[np.float64]], NDArray[np.float64]] = weighted_mean
+
+    @property
+    def addends(self) -> NDArray[np.float64]:
+        """(examples, k + 1): what is summed."""
+        values = self.values.reshape(len(self.weights), -1)
+        return np.column_stack([values * self.weights[:, None], self.weights])
 
     @property
     def utility(self) -> float:
-        """The weighted mean."""
-        return float(self.values @ self.weights / self.weights.sum())
+        """Of all examples, each once."""
+        return float(self.of_sums(self.addends.sum(0)))
 
 
 @dataclass(frozen=True)
@@ -88,8 +108,7 @@ def bootstrap_protection(
     models = [server, *floor.values(), *attacks.values()]
     if any(not np.array_equal(model.weights, server.weights) for model in models):
         raise ValueError("the models were not measured on the same examples")
-    values = np.stack([model.values for model in models])
-    found = np.concatenate(list(_resampled(values, server.weights, seed, resamples)))
+    found = np.concatenate(list(_resampled(models, seed, resamples)))
     own, highest = found[:, 0], np.fmax.reduce(found[:, 1 : 1 + len(floor)], axis=1)
     attacked = found[:, 1 + len(floor) :]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -104,15 +123,19 @@ def bootstrap_protection(
 
 
 def _resampled(
-    values: NDArray[np.float64], weights: NDArray[np.float64], seed: int, resamples: int
+    models: Sequence[Scores], seed: int, resamples: int
 ) -> Iterator[NDArray[np.float64]]:
-    """Utilities (resamples, models) of values (models, examples), some resamples at a time."""
-    random, examples = np.random.default_rng(derive(seed, "bootstrap")), len(weights)
-    step = max(1, _AT_ONCE // examples)
+    """Utilities (resamples, models), some resamples at a time."""
+    random = np.random.default_rng(derive(seed, "bootstrap"))
+    addends = [model.addends for model in models]
+    examples, widest = len(addends[0]), max(each.shape[1] for each in addends)
+    step = max(1, _AT_ONCE // max(examples, widest))
     for first in range(0, resamples, step):
         size = min(step, resamples - first)
-        counts = random.multinomial(examples, np.full(examples, 1 / examples), size=size) * weights
-        yield counts @ values.T / counts.sum(1, keepdims=True)
+        counts = random.multinomial(examples, np.full(examples, 1 / examples), size=size)
+        counts = counts.astype(np.float64)
+        pairs = zip(models, addends, strict=True)
+        yield np.stack([model.of_sums(counts @ each) for model, each in pairs], axis=1)
 
 
 def _interval(protections: NDArray[np.float64]) -> Interval:

@@ -26,10 +26,12 @@ from fedlpp_ray.runtime.placement import PlacementError
 from fedlpp_ray.runtime.variants import Variants
 from fedlpp_ray.runtime.watch import what_is_missing
 from fedlpp_ray.tracking.metrics import (
+    ATTACK_THREAT,
     FINAL_UTILITY,
     PROTECTION,
     ROUND,
     SERVER_UTILITY,
+    THREAT,
     named_values,
     reported,
     round_metrics,
@@ -116,7 +118,9 @@ class MlflowCallback(Callback):
             folder = None
             if trial.checkpoint:
                 folder = Path(stack.enter_context(trial.checkpoint.as_directory()))
-            self._tracker.close(self._run(trial), status, folder)
+            last = trial.last_result or {}
+            tags = {key: last[key] for key in (THREAT, ATTACK_THREAT) if key in last}
+            self._tracker.close(self._run(trial), status, folder, tags)
 
     @staticmethod
     def _try(action: Any) -> None:
@@ -170,6 +174,7 @@ class ProgressCallback(Callback):
         self._total, self._keys = total, keys
         self._console: Any = None
         self._bar: Any = None
+        self._threats: set[str] = set()
 
     def setup(self, *_: Any, **__: Any) -> None:
         """Start the bar."""
@@ -180,7 +185,7 @@ class ProgressCallback(Callback):
         self._bar.start()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Show a finished trial."""
+        """Show a finished trial, and against whom protection is where no trial before had that."""
         metrics = reported(trial.last_result or {})
         shown = []
         server = metrics.get(FINAL_UTILITY, metrics.get(SERVER_UTILITY))
@@ -192,6 +197,10 @@ class ProgressCallback(Callback):
         else:
             shown.append(f"stopped after round {metrics.get(ROUND, 0):.0f}")
         self._line(trials, trial, "  ".join(shown))
+        threat = (trial.last_result or {}).get(THREAT)
+        if threat and threat not in self._threats:
+            self._threats.add(threat)
+            self._console.print(f"threat    {threat}", highlight=False, markup=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Show a failed trial."""

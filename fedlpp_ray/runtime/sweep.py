@@ -21,7 +21,7 @@ from fedlpp_ray.runtime.shared_folder import check_shared
 from fedlpp_ray.runtime.space import SearchSpace
 from fedlpp_ray.runtime.trial import run_trial, trial_resources
 from fedlpp_ray.runtime.variants import values_of
-from fedlpp_ray.tracking.metrics import PROTECTION, reported
+from fedlpp_ray.tracking.metrics import PROTECTION, THREAT, reported
 
 KEPT_CHECKPOINTS = 2
 RESTARTS = 2
@@ -41,12 +41,14 @@ class TrialOutcome:
         config: Its dotted keys and choices of bundles.
         metrics: What it reported last; `protection` is among them if its run is finished.
         error: Why it failed, or None.
+        threat: Against whom its protection is, in words; None of one that is not finished.
     """
 
     trial: str
     config: dict[str, Any]
     metrics: dict[str, float]
     error: str | None
+    threat: str | None = None
 
     @property
     def status(self) -> Literal["finished", "stopped", "failed"]:
@@ -144,4 +146,5 @@ def _outcome(outcome: Any) -> TrialOutcome:
     error = str(outcome.error) if outcome.error else None
     metrics = outcome.metrics or {}
     trial = metrics.get("trial_id", Path(outcome.path).name)
-    return TrialOutcome(trial, values_of(outcome.config or {}), reported(metrics), error)
+    config, threat = values_of(outcome.config or {}), metrics.get(THREAT)
+    return TrialOutcome(trial, config, reported(metrics), error, threat)

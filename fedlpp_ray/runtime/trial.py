@@ -24,7 +24,7 @@ from fedlpp_ray.runtime.placement import STRATEGY, PlacementError, bundles
 from fedlpp_ray.runtime.variants import Variants
 from fedlpp_ray.runtime.warm import warm_backend
 from fedlpp_ray.storage import DamagedError
-from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
+from fedlpp_ray.tracking.metrics import final_metrics, round_metrics, threats
 
 RESULT = "result.json"
 
@@ -40,7 +40,8 @@ def trial_resources(experiment: Experiment) -> tune.PlacementGroupFactory:
 
 
 def run_trial(config: dict[str, Any], variants: Variants) -> None:
-    """Run the experiment of a trial's choices; report each round, the last one with protection.
+    """Run the experiment of a trial's choices; report each round, the last one with protection and
+    in words against whom.
 
     Each report carries a checkpoint, so that a restarted trial goes on after its last round. One
     report a round, because a scheduler may stop a trial at any: also at the last.
@@ -55,12 +56,13 @@ def _run(experiment: Experiment) -> None:
         if previous := tune.get_checkpoint():
             restore_newest(federation, previous)
         for record in finished_rounds(federation):
-            metrics, files = round_metrics(federation.history), {}
+            metrics: dict[str, Any] = {**round_metrics(federation.history)}
+            files = {}
             if record.round == experiment.federation.rounds:
                 floor = backend.measure_floor()
                 ladder = federation.attack()
                 outcome = result(experiment, federation.history, floor, federation.final, ladder)
-                metrics |= final_metrics(outcome)
+                metrics |= final_metrics(outcome) | threats(outcome)
                 files[RESULT] = to_json(outcome)
             _report(metrics, federation, files)
 
@@ -107,7 +109,7 @@ def _refused_once() -> Iterator[None]:
         raise
 
 
-def _report(metrics: dict[str, float], federation: Federation, files: dict[str, str]) -> None:
+def _report(metrics: dict[str, Any], federation: Federation, files: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(federation, Path(folder))
         for name, text in files.items():

@@ -39,15 +39,32 @@ def read_result(run: Path) -> dict[str, Any]:
     """The result of a finished run, by its folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not what a run writes.
     """
     path = run / RESULT
     if not path.exists():
         raise UserError(
             f"{run} has no {RESULT}: it is no finished run of python -m fedlpp_ray.train"
         )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the result of a run: {error}") from None
+    if reason := _what_is_missing(found):
+        raise UserError(f"{path}: not the result of a run: {reason}")
+    return dict(found)
+
+
+def _what_is_missing(found: Any) -> str | None:
+    """Of what a result must have for others to read it, what a value lacks."""
+    if not isinstance(found, dict):
+        return "it holds no keys"
+    for key, kind in (("config", dict), ("history", list), ("floor", dict), ("protection", dict)):
+        if not isinstance(found.get(key), kind) or not found[key]:
+            return f"no '{key}'"
+    if not all(isinstance(record, dict) for record in found["history"]):
+        return "rounds of its 'history' hold no keys"
+    return None
 
 
 class RunFolder:
@@ -70,7 +87,7 @@ class RunFolder:
     @property
     def rounds(self) -> int:
         """The last finished round that has a checkpoint; 0 if none has."""
-        return max((_round(path) for path in self._saved()), default=0)
+        return max((read_round(path) for path in self._saved()), default=0)
 
     def check_new(self) -> None:
         """Refuse a folder that a run has begun to fill.
@@ -177,9 +194,9 @@ class RunFolder:
             DamagedError: a broadcast is not whole.
         """
         found = self._broadcasts.glob("round-*")
-        whole = sorted((path for path in found if path.suffix != ASIDE), key=_round)
+        whole = sorted((path for path in found if path.suffix != ASIDE), key=read_round)
         return {
-            _round(path): {int(Path(n).stem): x for n, x in read_folder(path).items()}
+            read_round(path): {int(Path(n).stem): x for n, x in read_folder(path).items()}
             for path in whole
         }
 
@@ -214,7 +231,7 @@ class RunFolder:
     def _saved(self) -> list[Path]:
         """Checkpoints, oldest first, whole or not."""
         found = self._checkpoints.glob("round-*")
-        return sorted((path for path in found if path.suffix != ASIDE), key=_round)
+        return sorted((path for path in found if path.suffix != ASIDE), key=read_round)
 
     def _drop(self, path: Path) -> None:
         """Delete a checkpoint; a crash in between leaves it aside, not in half."""
@@ -231,5 +248,6 @@ def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _round(path: Path) -> int:
+def read_round(path: Path) -> int:
+    """Of a checkpoint or of broadcasts, by the folder's name."""
     return int(path.name.partition("-")[2])

@@ -18,10 +18,19 @@ from fedlpp_ray.tasks.metrics import (
     UTILITY,
     Metrics,
     classification_metrics,
+    macro_f1_addends,
+    macro_f1_of_sums,
 )
 from fedlpp_ray.tasks.partition import Partition, partition, set_aside, share_out
 from fedlpp_ray.tasks.registry import load_task
-from fedlpp_ray.tasks.text_metrics import check_text_metrics, text_metrics
+from fedlpp_ray.tasks.text_metrics import (
+    bleu_addends,
+    bleu_of_sums,
+    check_text_metrics,
+    meteor_scores,
+    rouge_l_scores,
+    text_metrics,
+)
 from fedlpp_ray.tasks.tokens import Tokens
 from fedlpp_ray.tasks.wording import Wording
 
@@ -41,6 +50,8 @@ __all__ = [
     "TaskError",
     "Tokens",
     "Wording",
+    "bleu_addends",
+    "bleu_of_sums",
     "check_text_metrics",
     "classification_metrics",
     "collate",
@@ -50,7 +61,11 @@ __all__ = [
     "load_auxiliary",
     "load_corpus",
     "load_task",
+    "macro_f1_addends",
+    "macro_f1_of_sums",
+    "meteor_scores",
     "partition",
+    "rouge_l_scores",
     "set_aside",
     "share_out",
     "text_metrics",

@@ -35,6 +35,8 @@ def load_auxiliary(config: TaskConfig, data: str) -> Examples | Prompts:
             check_column(rows, of_data, "text_column", column, _SPLIT)
         found = [tuple(map(str, x)) for x in zip(*(rows[c] for c in columns.values()), strict=True)]
         check_present(found, "text", of_data, _SPLIT)
+        if not found:
+            raise TaskError(f"'{data}' ({_SPLIT}): has no rows")
     except TaskError as error:
         raise TaskError(f"{KEY}: {error}") from error
     found = list(dict.fromkeys(found))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -43,3 +45,27 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         "loss": cross_entropy(logits.double(), labels).item(),
         "examples": len(labels),
     }
+
+
+def macro_f1_addends(
+    predictions: NDArray[np.int64], labels: NDArray[np.int64], classes: int
+) -> NDArray[np.float64]:
+    """What each example adds to the counts that decide macro F1: hits by class, then mentions.
+
+    Args:
+        predictions: (examples,).
+        labels: (examples,). Of a class an example's label and its prediction are a mention each.
+        classes: How many.
+
+    Returns:
+        (examples, 2 classes).
+    """
+    given, wanted = (np.eye(classes)[each] for each in (predictions, labels))
+    return np.concatenate([given * wanted, given + wanted], axis=1)
+
+
+def macro_f1_of_sums(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Macro F1 (...,) of sums (..., 2 classes); 0 of a class without a mention."""
+    hits, mentions = np.split(sums, 2, axis=-1)
+    found: NDArray[np.float64] = (2 * hits / np.where(mentions == 0, 1, mentions)).mean(-1)
+    return found

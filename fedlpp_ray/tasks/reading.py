@@ -65,6 +65,8 @@ def read(config: TaskConfig, split: str) -> Any:
         )
     except TaskError:
         raise
+    except StopIteration:  # of `datasets`, where a file of JSON is empty
+        raise TaskError(f"task.data = '{config.data}' ({split}): has no rows") from None
     # A data set that needs its loading script is a RuntimeError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else error

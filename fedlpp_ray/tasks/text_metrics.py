@@ -11,11 +11,15 @@ from itertools import zip_longest
 from operator import or_
 from statistics import fmean
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlpp_ray.tasks.examples import TaskError
 from fedlpp_ray.tasks.metrics import Metrics
 
 Words = list[str]
 _NIST_ORDER = 5
+_BLEU_ORDER = 4
 
 
 def text_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:
@@ -49,11 +53,72 @@ def text_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) ->
     return {
         "bleu": _bleu(outputs, references),
         "nist": _nist(output_tokens, reference_tokens),
-        "meteor": _meteor(output_words, reference_words),
-        "rouge_l": _rouge_l(outputs, references),
+        "meteor": fmean(_meteor(output_words, reference_words)),
+        "rouge_l": fmean(_rouge_l(outputs, references)),
         "cider": _cider(output_words, reference_words),
         "examples": len(outputs),
     }
+
+
+def bleu_addends(
+    outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """What each example adds to the counts that decide corpus BLEU.
+
+    Args:
+        outputs: (examples,).
+        references: (examples, one or more).
+
+    Returns:
+        (examples, 10): the n-grams of one to four words that a reference has too, all of them, the
+        words of the output, and those of the reference that is nearest to it in length.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(
+        effective_order=True
+    )  # of a score that is not used: or each sentence is a warning
+    scored = (metric.sentence_score(x, list(y)) for x, y in zip(outputs, references, strict=True))
+    found = [[*each.counts, *each.totals, each.sys_len, each.ref_len] for each in scored]
+    return np.array(found, dtype=np.float64)
+
+
+def bleu_of_sums(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corpus BLEU (...,) of sums (..., 10), as a fraction: sacrebleu's, with smoothing `exp`.
+
+    The n-th order without a hit counts as 1 / 2^n of one (Chen and Cherry, 2014, method 3); without
+    any hit, or n-gram of an order, BLEU is 0.
+    """
+    hits, made = sums[..., :_BLEU_ORDER], sums[..., _BLEU_ORDER : 2 * _BLEU_ORDER]
+    written, wanted = sums[..., -2], sums[..., -1]
+    none = hits == 0
+    smoothed = np.where(none, 0.5 ** np.cumsum(none, axis=-1), hits)
+    defined = hits.any(-1) & made.all(-1)
+    logs = np.log(np.where(np.expand_dims(defined, -1), smoothed / np.where(made == 0, 1, made), 1))
+    short = np.minimum(0, 1 - wanted / np.where(written == 0, 1, written))
+    found: NDArray[np.float64] = np.where(defined, np.exp(short + logs.mean(-1)), 0)
+    return np.where(np.isnan(sums).any(-1), math.nan, found)
+
+
+def meteor_scores(
+    outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """METEOR of each example (examples,), whose mean is that of `text_metrics`."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    tokenize = Tokenizer13a()
+
+    def words(text: str) -> Words:
+        return _without_punctuation(_tokens(text, tokenize))
+
+    return np.array(_meteor(list(map(words, outputs)), [list(map(words, x)) for x in references]))
+
+
+def rouge_l_scores(
+    outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """ROUGE-L of each example (examples,), whose mean is that of `text_metrics`."""
+    return np.array(_rouge_l(outputs, references))
 
 
 def check_text_metrics() -> None:
@@ -144,8 +209,8 @@ class _NoSynonyms:
         return ()
 
 
-def _meteor(outputs: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean over examples of nltk's score: equal words, then equal stems (Lavie and Agarwal, 2007).
+def _meteor(outputs: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """Of each example nltk's score: equal words, then equal stems (Lavie and Agarwal, 2007).
 
     The best reference counts. Without synonyms and paraphrases, and with the parameters of 2005
     (.9, 3, .5). The METEOR 1.5 of published E2E tables, a Java program, gives about half of it.
@@ -154,16 +219,16 @@ def _meteor(outputs: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
     none = _NoSynonyms()
     pairs = zip(outputs, references, strict=True)
-    return fmean(meteor_score(texts, output, wordnet=none) for output, texts in pairs)
+    return [meteor_score(texts, output, wordnet=none) for output, texts in pairs]
 
 
-def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over examples of rouge-score's F1, without stemming; the best reference counts."""
+def _rouge_l(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Of each example rouge-score's F1, without stemming; the best reference counts."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
     pairs = zip(outputs, references, strict=True)
-    return fmean(scorer.score_multi(texts, output)["rougeL"].fmeasure for output, texts in pairs)
+    return [scorer.score_multi(texts, output)["rougeL"].fmeasure for output, texts in pairs]
 
 
 def _cider(outputs: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.records import RoundRecord
 from fedlpp_ray.federation.results import leak_of
+from fedlpp_ray.federation.threat import threat_of_run
 from fedlpp_ray.tasks import UTILITY
 
 Points = Sequence[tuple[int, float]]
@@ -28,7 +30,8 @@ def save_watched(outcome: Mapping[str, Any], utility: str, path: Path) -> None:
     if not leaks:
         return
     curve = [(round, found) for round, (_, found) in leaks.items()]
-    floor, threat = outcome["protection"]["floor"][1], outcome.get("threat", "clients")
+    threat = threat_of_run(Experiment.from_dict(outcome["config"]))
+    floor = outcome["protection"]["floor"]
     _draw(history, curve, floor, threat=threat, utility=utility, path=path)
 
 
@@ -44,14 +47,14 @@ def save_leak_curve(
         path: Where the PNG goes.
     """
     curve = [(each["round"], each[UTILITY]) for each in report["leak_curve"]]
-    floor, threat = report["protection"]["floor"][1], report["threat"]
-    _draw(history, curve, floor, threat=threat, utility=utility, path=path)
+    floor = report["protection"]["floor"]
+    _draw(history, curve, floor, threat=report["threat"], utility=utility, path=path)
 
 
 def _draw(
     history: Sequence[RoundRecord],
     curve: Points,
-    floor: float | None,
+    floor: tuple[str, float | None],
     *,
     threat: str,
     utility: str,
@@ -67,8 +70,9 @@ def _draw(
         axes.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="server")
     label = "strongest attack on broadcasts"
     axes.plot(*zip(*curve, strict=True), color="C3", marker="x", label=label)
-    if floor is not None:
-        axes.axhline(floor, color="0.5", ls=":", label="floor")
+    name, worth = floor
+    if worth is not None:
+        axes.axhline(worth, color="0.5", ls=":", label=f"floor: {name}")
     axes.set(xlabel="round", ylabel=f"held-out {utility}")
     axes.set_title(fill(f"Leak to {threat}", 90), fontsize="small")
     axes.grid(alpha=0.3)

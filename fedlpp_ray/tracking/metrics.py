@@ -18,6 +18,8 @@ from fedlpp_ray.tasks import MEASURES, TEXT_MEASURES, UTILITY
 
 PROTECTION = "protection"
 """NaN where it is undefined."""
+THREAT = "threat"
+"""In a result, a trial's last report and MLflow's tags: against whom protection is, in words."""
 TOTAL_BYTES = "bytes/total"
 ROUND = "round"
 SERVER_UTILITY = f"server/{UTILITY}"
@@ -33,6 +35,8 @@ LEAK_SHARE = "leak_share"
 """Of a run's time what these attacks took."""
 ATTACK = "attack"
 """Prefix of what the ladder came to at the end of a run, and of the strongest of it."""
+ATTACK_THREAT = f"{ATTACK}.{THREAT}"
+"""In a trial's last report and MLflow's tags: whom the ladder is of, or why there was no attack."""
 FINAL = "final"
 """Prefix of the metrics of the model that the server ends with: its final one, or the last
 round's. Its utility is that of protection."""
@@ -164,17 +168,29 @@ def _ladder_metrics(outcome: Mapping[str, Any]) -> dict[str, float]:
     return _prefixed(ATTACK, best) | {"seconds/ladder": outcome["seconds"]["ladder"]}
 
 
-def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """By round: what attacks came to (the report of `fedlpp_ray.attack`), and the leak curve."""
-    found: dict[int, dict[str, float]] = {}
+def attack_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float | None]]:
+    """By round: what attacks came to (the report of `fedlpp_ray.attack`), and the leak curve.
+
+    With the newest broadcasts protection, its interval (`attacks/protection_low`, `..._high`) and
+    the utilities that it is of; and by level (`attacks/broadcast/protection`) the same.
+    """
+    found: dict[int, dict[str, float | None]] = {}
     for each in report["attacks"]:
         found.setdefault(each["round"], {})[f"attacks/{each['name']}"] = each["metrics"][UTILITY]
     last, total = max(found), report[PROTECTION]
-    value = math.nan if total["value"] is None else total["value"]
-    found[last] |= {"attacks/strongest": total["strongest"][1], f"attacks/{PROTECTION}": value}
+    found[last] |= _prefixed("attacks", _protected(total))
+    found[last] |= {"attacks/server": total["server"], "attacks/floor": total["floor"][1]}
+    for level, each in report["levels"].items():
+        found[last] |= _prefixed(f"attacks/{level}", _protected(each))
     for point in report.get("leak_curve", ()):
         found.setdefault(point["round"], {})["attacks/leak_curve"] = point[UTILITY]
     return dict(sorted(found.items()))
+
+
+def _protected(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The strongest utility, protection against it, and the interval's ends where there is one."""
+    ends = {f"{PROTECTION}_{end}": found["interval"][end] for end in ("low", "high")}
+    return {"strongest": found["strongest"][1], PROTECTION: found["value"], **ends}
 
 
 def probe_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
@@ -204,6 +220,16 @@ def probe_metrics(report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
 def reported(result: Mapping[str, Any]) -> dict[str, float]:
     """Of a trial's result those numbers that the run reported, without what Tune adds."""
     return {key: value for key, value in result.items() if key in _ALL}
+
+
+def threats(outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Of a result: against whom its protection is, and whom `attack/...` are of, if it has any.
+
+    None of an earlier version's, which does not say.
+    """
+    ladder = outcome.get("ladder") or {}
+    found = {THREAT: outcome.get(THREAT), ATTACK_THREAT: ladder.get(THREAT)}
+    return {key: str(words) for key, words in found.items() if words is not None}
 
 
 def named_values(config: Mapping[str, Any], keys: Sequence[str]) -> str:

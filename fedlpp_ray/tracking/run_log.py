@@ -22,6 +22,7 @@ from fedlpp_ray.tracking.metrics import (
     final_metrics,
     probe_metrics,
     round_metrics,
+    threats,
 )
 from fedlpp_ray.tracking.mlflow_runs import Tracker
 
@@ -94,7 +95,7 @@ class RunLog:
 
     def _afterwards(
         self,
-        by_round: Mapping[int, Mapping[str, float]],
+        by_round: Mapping[int, Mapping[str, float | None]],
         files: Sequence[Path],
         tags: Mapping[str, str],
     ) -> None:
@@ -127,8 +128,7 @@ class RunLog:
             self._tracker.client.log_artifact(self._run(), str(curve))
         if checkpoint := self._folder.latest():
             self._log_files(checkpoint)
-        tags = {"threat": str(outcome["threat"])} if "threat" in outcome else {}
-        self._tracker.close(self._run(), "FINISHED", tags=tags)
+        self._tracker.close(self._run(), "FINISHED", tags=threats(outcome))
 
     def _log_files(self, checkpoint: Path) -> None:
         """The adapter that the server ends with, and what repeats the run.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -21,8 +23,14 @@ from fedlpp_ray.tasks import (
     Metrics,
     Prompts,
     Wording,
+    bleu_addends,
+    bleu_of_sums,
     classification_metrics,
     evaluation_batches,
+    macro_f1_addends,
+    macro_f1_of_sums,
+    meteor_scores,
+    rouge_l_scores,
     text_metrics,
 )
 from fedlpp_ray.training.decoding import write
@@ -34,8 +42,10 @@ from fedlpp_ray.training.reading import reading
 Evaluator = Callable[[nn.Module, torch.device], Metrics]
 """Measures a model, which is left in evaluation mode."""
 Scored = tuple[Metrics, Scores | None]
-"""What a model was measured at, and example by example; None where the utility is no mean of
-examples, as a corpus's BLEU is none."""
+"""What a model was measured at, and example by example; None where no sums over examples decide the
+utility, as those of NIST and CIDEr."""
+_BY_TEXT = {"meteor": meteor_scores, "rouge_l": rouge_l_scores}
+"""Of each written text; their means are utilities."""
 Scorer = Callable[[nn.Module, torch.device], Scored]
 """Measures a model likewise, and each held-out example, in the same order of all models."""
 
@@ -61,10 +71,14 @@ def classification_scorer(
         labels = torch.cat([batch["labels"] for batch in batches])
         found = torch.cat(logits)
         metrics, finite = classification_metrics(found, labels), bool(found.isfinite().all())
-        right = (found.argmax(1) == labels).double().numpy()
-        scores = None
+        guesses, ones = found.argmax(1), np.ones(len(labels))
         if experiment.utility == "accuracy":
-            scores = Scores(right if finite else right * math.nan, np.ones(len(right)))
+            scores = Scores((guesses == labels).double().numpy(), ones)
+        else:
+            values = macro_f1_addends(guesses.numpy(), labels.numpy(), found.shape[1])
+            scores = Scores(values, ones, lambda sums: macro_f1_of_sums(sums[..., :-1]))
+        if not finite:
+            scores = replace(scores, values=scores.values * math.nan)
         return _checked(metrics, finite, experiment), scores
 
     return measure
@@ -83,23 +97,39 @@ def generation_scorer(
 ) -> Scorer:
     """As `generation_evaluator`, whose arguments it takes.
 
-    Of `log_likelihood` a prompt with its references is an example, and their tokens its weight.
+    Of `log_likelihood` a prompt with its references is an example, and their tokens its weight. Of
+    BLEU, METEOR and ROUGE-L a written text is one; the weights of words in NIST and CIDEr are of
+    the whole corpus, and these have no scores.
     """
-    evaluate = generation_evaluator(held_out, wording, pad, experiment, group)
+    measured = _measured(held_out, wording, pad, experiment, group)
+    references = [held_out.references[i] for i in _written(held_out, experiment)]
+    name = experiment.utility
 
     def measure(model: nn.Module, device: torch.device) -> Scored:
-        metrics = evaluate(model, device)
-        if experiment.utility != "log_likelihood":
-            return metrics, None
-        size = experiment.evaluation.batch_size
-        losses = target_losses(model, wording.encode(held_out), pad, device, size)
-        first = np.cumsum([0, *map(len, held_out.references)])[:-1]
-        totals = np.add.reduceat([x.sum() for x in losses], first)
-        tokens = np.add.reduceat([float(len(x)) for x in losses], first)
-        diverged = 0.0 if math.isfinite(metrics[UTILITY]) else math.nan
-        return metrics, Scores(diverged - totals / tokens, tokens)
+        metrics, texts = measured(model, device)
+        found: Scores | None = None
+        if name == "log_likelihood":
+            size = experiment.evaluation.batch_size
+            losses = target_losses(model, wording.encode(held_out), pad, device, size)
+            found = _likelihoods(losses, list(map(len, held_out.references)))
+        elif name == "bleu":
+            values, ones = bleu_addends(texts, references), np.ones(len(texts))
+            found = Scores(values, ones, lambda sums: bleu_of_sums(sums[..., :-1]))
+        elif name in _BY_TEXT:
+            found = Scores(_BY_TEXT[name](texts, references), np.ones(len(texts)))
+        if found and not math.isfinite(metrics[UTILITY]):
+            found = replace(found, values=found.values * math.nan)
+        return metrics, found
 
     return measure
+
+
+def _likelihoods(losses: Sequence[NDArray[np.float64]], references: Sequence[int]) -> Scores:
+    """Of the losses of each reference's tokens, and each prompt's number of references."""
+    first = np.cumsum([0, *references])[:-1]
+    totals = np.add.reduceat([x.sum() for x in losses], first)
+    tokens = np.add.reduceat([float(len(x)) for x in losses], first)
+    return Scores(-totals / tokens, tokens)
 
 
 def generation_evaluator(
@@ -122,13 +152,21 @@ def generation_evaluator(
         experiment: Decoding, batch size and utility.
         group: Ranks that share the batches; all of them measure at the same time.
     """
+    measured = _measured(held_out, wording, pad, experiment, group)
+    return lambda model, device: measured(model, device)[0]
+
+
+def _measured(
+    held_out: Prompts, wording: Wording, pad: int, experiment: Experiment, group: Group
+) -> Callable[[nn.Module, torch.device], tuple[Metrics, list[str]]]:
+    """`generation_evaluator`, with the texts that were written."""
     size, config = experiment.evaluation.batch_size, experiment.generation
     batches = evaluation_batches(wording.encode(held_out), pad, size)
-    written = range(len(held_out))[: config.examples]
+    written = _written(held_out, experiment)
     prompts = [wording.prompt(held_out.prompts[i]) for i in written]
     references = [held_out.references[i] for i in written]
 
-    def measure(model: nn.Module, device: torch.device) -> Metrics:
+    def measure(model: nn.Module, device: torch.device) -> tuple[Metrics, list[str]]:
         with reading(model, device):
             found = _likelihood(model, batches, device, group)
             tokens = write(
@@ -141,12 +179,17 @@ def generation_evaluator(
                 device=device,
                 group=group,
             )
-        finite = math.isfinite(found["loss"])
-        if prompts:
-            found |= text_metrics([wording.read(ids) for ids in tokens], references)
-        return _checked(found | {"examples": len(held_out)}, finite, experiment)
+        finite, texts = math.isfinite(found["loss"]), [wording.read(ids) for ids in tokens]
+        if texts:
+            found |= text_metrics(texts, references)
+        return _checked(found | {"examples": len(held_out)}, finite, experiment), texts
 
     return measure
+
+
+def _written(held_out: Prompts, experiment: Experiment) -> range:
+    """The examples whose text is written: the first of them."""
+    return range(len(held_out))[: experiment.generation.examples]
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:

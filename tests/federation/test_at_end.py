@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 
 from fedlpp_ray import attack, train
 from fedlpp_ray.config import ConfigError, Experiment, dump_experiment, fingerprint
-from fedlpp_ray.federation import Federation, Floor, RoundRecord, checkpoint
+from fedlpp_ray.errors import UserError
+from fedlpp_ray.federation import Federation, Floor, RoundRecord, checkpoint, preflight
 from fedlpp_ray.federation.attacked import Attacked, check_at_end
 from fedlpp_ray.federation.attacked import attack as attack_run
 from fedlpp_ray.federation.in_process import InProcess, in_process
@@ -22,8 +25,16 @@ from fedlpp_ray.federation.records import Evaluation
 from fedlpp_ray.federation.results import result
 from fedlpp_ray.federation.wire import Broadcast
 from fedlpp_ray.privacy.attacks import ATTACKS, find_attacks
+from fedlpp_ray.tasks import load_task
 from fedlpp_ray.tracking.leak import save_watched
-from fedlpp_ray.tracking.metrics import final_metrics, metric_names, reported, round_metrics
+from fedlpp_ray.tracking.metrics import (
+    final_metrics,
+    metric_names,
+    reported,
+    round_metrics,
+    threats,
+)
+from tests import tiny
 
 ASKED = ["last-broadcast", "mean-products", "pooled-updates", "tuned"]
 
@@ -65,6 +76,10 @@ def test_a_run_that_attacks_itself_has_the_numbers_of_the_command(
     assert 0 < seconds["leak"] < seconds["run"]
     assert f"{seconds['leak_share']:.1%} of the run's" in shown
     assert "ladder    strongest" in shown
+    threat = f"adversary the strongest client.*; and at the end {re.escape(report['threat'])}"
+    assert re.fullmatch(threat, outcome["threat"])
+    assert f"threat    {outcome['threat']}" in shown
+    assert threats(outcome) == {"threat": outcome["threat"], "attack.threat": report["threat"]}
 
     assert (run / "leak_curve.png").read_bytes().startswith(b"\x89PNG")
     found = final_metrics(outcome)
@@ -153,6 +168,28 @@ def test_an_adversary_that_received_nothing_costs_the_attacks_and_not_the_run(
     outcome = ended([], {})
     assert outcome["protection"]["strongest"] == ("client_after of round 1", 0.6)
     assert "attack/strongest" not in final_metrics(outcome)
+
+
+def test_auxiliary_text_of_which_nothing_is_left_is_refused_before_and_costs_the_attacks_alone(
+    experiment: Experiment, tiny_csv: Path, tmp_path: Path
+) -> None:
+    with tiny_csv.open() as file:
+        rows = [{"text": row["text"]} for row in csv.DictReader(file)]
+    held_out = {row["text"] for row in rows} - set(load_task(experiment.task).train.texts)
+    (empty := tmp_path / "empty.jsonl").touch()
+    known = tiny.write_csv(tmp_path / "known.csv", [{"text": text} for text in held_out])
+    some = tiny.write_csv(tmp_path / "some.csv", rows)
+    for path, message in (
+        (empty, r"adversary\.auxiliary: .*has no rows"),
+        (known, r"adversary\.auxiliary: each text of .* is held out"),
+        (tmp_path / "none.csv", "no such file"),
+    ):
+        asked = experiment.with_values({"adversary.auxiliary": str(path)})
+        with pytest.raises(UserError, match=message):
+            preflight.check([asked])
+        assert attack_run(asked, {1: {}}, []).threat.startswith("no attack: ")
+        preflight.check([asked.with_values({"adversary.at_end": []})])
+    preflight.check([experiment.with_values({"adversary.auxiliary": str(some)})])
 
 
 def test_nothing_is_attacked_that_nobody_asks_for_or_that_leaves_no_model(

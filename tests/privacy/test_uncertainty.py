@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, ttest_1samp
 
-from fedlpp_ray.privacy import Scores, bootstrap_protection, mean_over_seeds
+from fedlpp_ray.privacy import Scores, bootstrap_protection, mean_over_seeds, uncertainty
+from fedlpp_ray.seeds import derive
 
 GROUPS = {"weak": ["weak"], "strong": ["strong"], "all": ["weak", "strong"]}
 
@@ -70,6 +71,25 @@ def test_of_attacks_that_are_alike_the_maximum_leaves_less_protection_than_each(
     lows = [found[name].low for name in ("weak", "strong")]
     assert found["all"].low is not None
     assert all(low is not None and found["all"].low <= low for low in lows)
+
+
+def test_of_floors_that_are_alike_the_best_leaves_protection_further_from_zero_than_each() -> None:
+    """The denominator shrinks: on the side of more protection where there is some."""
+    rng = np.random.default_rng(0)
+    server, floors = drawn(rng, 0.9), {"base": drawn(rng, 0.6), "own": drawn(rng, 0.6)}
+    for accuracy, side in ((0.75, 1), (0.98, -1)):
+        attacks = {"a": drawn(rng, accuracy)}
+
+        def ends(chosen: dict[str, Scores], attacks: dict[str, Scores] = attacks) -> list[float]:
+            found = bootstrap_protection(server, attacks, chosen, {"a": ["a"]}, seed=0)["a"]
+            assert found.low is not None
+            assert found.high is not None
+            return [found.low, found.high]
+
+        alone = [ends({name: floor}) for name, floor in floors.items()]
+        assert all(
+            side * x > side * y for each in alone for x, y in zip(ends(floors), each, strict=True)
+        )
 
 
 def test_the_same_seed_gives_the_same_interval_whatever_else_is_measured() -> None:
@@ -134,3 +154,41 @@ def test_the_interval_over_seeds_is_students() -> None:
     alone = mean_over_seeds([0.5])
     assert (alone.mean, alone.low, alone.high) == (0.5, None, None)
     assert mean_over_seeds([0.5, None, 0.1]).mean is None
+
+
+def test_a_utility_that_is_no_mean_is_computed_anew_in_each_resample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Precision: hits over guesses, both drawn; however many resamples are made at a time."""
+    rng = np.random.default_rng(0)
+
+    def precision(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
+        return found
+
+    def model(accuracy: float) -> Scores:
+        guesses = rng.integers(1, 9, 60)
+        values = np.stack([rng.binomial(guesses, accuracy), guesses], axis=1).astype(float)
+        return Scores(values, np.ones(60), precision)
+
+    models = [model(x) for x in (0.9, 0.3, 0.7)]
+    server, floor, attack = models
+    assert server.utility == pytest.approx(server.values[:, 0].sum() / server.values[:, 1].sum())
+
+    def interval() -> tuple[float | None, float | None]:
+        found = bootstrap_protection(
+            server, {"a": attack}, {"f": floor}, {"a": ["a"]}, seed=0, resamples=300
+        )["a"]
+        return found.low, found.high
+
+    draw = np.random.default_rng(derive(0, "bootstrap"))
+    protections = []
+    for _ in range(300):
+        taken = np.repeat(np.arange(60), draw.multinomial(60, np.full(60, 1 / 60)))
+        sums = [each.values[taken].sum(0) for each in models]
+        u, low, a = (hits / guesses for hits, guesses in sums)
+        protections.append((u - a) / (u - low))
+    expected = pytest.approx(tuple(np.quantile(protections, [0.025, 0.975])))
+    assert interval() == expected
+    monkeypatch.setattr(uncertainty, "_AT_ONCE", 600)
+    assert interval() == expected

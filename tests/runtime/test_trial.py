@@ -85,9 +85,9 @@ def test_a_trial_that_was_started_again_attacks_all_that_it_has_sent(
     values = {"federation.local_steps": 1, "adversary.watch": []}
     experiment = tiny_experiment.with_values(values | {"adversary.at_end": ["mean-factors"]})
     folders: list[Path] = []
-    reports: list[dict[str, float]] = []
+    reports: list[dict[str, Any]] = []
 
-    def report(metrics: dict[str, float], checkpoint: tune.Checkpoint) -> None:
+    def report(metrics: dict[str, Any], checkpoint: tune.Checkpoint) -> None:
         folder = tmp_path / f"checkpoint_{len(folders):06d}"
         shutil.copytree(checkpoint.path, folder)
         folders.append(folder)
@@ -112,6 +112,10 @@ def test_a_trial_that_was_started_again_attacks_all_that_it_has_sent(
     assert (found["broadcasts"], found["metrics"]) == (4, expected.metrics)
     assert reports[-1]["attack/mean-factors"] == expected.utility
     assert reports[-1]["attack/strongest"] == expected.utility
+    outcome = json.loads((folders[-1] / trial.RESULT).read_text())
+    assert reports[-1]["threat"] == outcome["threat"]
+    assert reports[-1]["attack.threat"] == outcome["ladder"]["threat"]
+    assert "threat" not in reports[1]
 
 
 SPACE = """

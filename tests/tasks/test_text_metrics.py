@@ -13,7 +13,13 @@ import sacrebleu
 from nltk.translate.nist_score import corpus_nist
 from rouge_score.rouge_scorer import RougeScorer
 
-from fedlpp_ray.tasks.text_metrics import text_metrics
+from fedlpp_ray.tasks.text_metrics import (
+    bleu_addends,
+    bleu_of_sums,
+    meteor_scores,
+    rouge_l_scores,
+    text_metrics,
+)
 
 OUTPUTS = [
     "The Punter is a cheap Italian restaurant near the river.",
@@ -295,3 +301,27 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         text_metrics(outputs, references)
+
+
+# Example by example
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [OUTPUTS, ["", *OUTPUTS[1:]], ["a the", "Blue", "", "of"], ["x y", "z", "", "v"], [""] * 4],
+)
+def test_bleu_of_summed_counts_is_that_of_the_resampled_corpus(outputs: list[str]) -> None:
+    """All resamples at once; with orders without a hit, and without n-grams at all, among them."""
+    draws = np.random.default_rng(0).integers(0, 4, (50, 4))
+    addends = bleu_addends(outputs, UNEQUAL)
+    found = bleu_of_sums(addends[draws].sum(1))
+    for draw, bleu in zip(draws, found, strict=True):
+        chosen = [outputs[i] for i in draw], [UNEQUAL[i] for i in draw]
+        assert bleu == pytest.approx(text_metrics(*chosen)["bleu"], abs=1e-12)
+    assert math.isnan(bleu_of_sums(addends.sum(0) * math.nan))
+
+
+def test_scores_of_examples_have_the_corpus_as_their_mean() -> None:
+    expected = text_metrics(OUTPUTS, UNEQUAL)
+    assert meteor_scores(OUTPUTS, UNEQUAL).mean() == pytest.approx(expected["meteor"], abs=1e-12)
+    assert rouge_l_scores(OUTPUTS, UNEQUAL).mean() == pytest.approx(expected["rouge_l"], abs=1e-12)

@@ -25,7 +25,9 @@ from fedlpp_ray.models import no_repeat
 from fedlpp_ray.tasks import IGNORED, Prompts, Wording, text_metrics
 from fedlpp_ray.training import (
     classification_evaluator,
+    classification_scorer,
     generation_evaluator,
+    generation_scorer,
     smoothed_loss,
     write,
 )
@@ -206,6 +208,41 @@ def test_the_evaluation_measures_likelihood_and_text(model: Any, tokenizer: Any)
     }
     assert found["utility"] == found["bleu"]
     assert found["examples"] == 3
+
+
+@pytest.mark.parametrize("utility", ["bleu", "meteor", "rouge_l", "log_likelihood", "cider"])
+def test_what_examples_add_makes_the_utility(model: Any, tokenizer: Any, utility: str) -> None:
+    held_out = Prompts(
+        ("the cat", "a river of", "two"), (("is near", "is a dog"), ("one",), ("many",)), (0, 0, 0)
+    )
+    values = {"evaluation.utility": utility, "generation.examples": 2}
+    experiment = generation_experiment(values | {"generation.max_new_tokens": 5})
+    wording = Wording(tokenizer, experiment.generation, 16)
+    metrics, scores = generation_scorer(held_out, wording, 0, experiment)(model, CPU)
+    assert metrics == generation_evaluator(held_out, wording, 0, experiment)(model, CPU)
+    if utility == "cider":
+        assert scores is None
+        return
+    assert scores is not None
+    assert len(scores.weights) == (3 if utility == "log_likelihood" else 2)
+    assert scores.utility == pytest.approx(metrics["utility"], abs=1e-6)
+
+
+@pytest.mark.parametrize("utility", ["accuracy", "macro_f1"])
+def test_what_examples_add_makes_the_utility_of_a_classifier(utility: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 4)
+    plain = nn.Module()
+    plain.forward = lambda **_: SimpleNamespace(logits=logits)  # type: ignore[method-assign]
+    encoded = [(torch.tensor([1]), i % 3) for i in range(9)]
+    experiment = Experiment().with_values({"evaluation.utility": utility})
+    metrics, scores = classification_scorer(encoded, 0, experiment)(plain, CPU)
+    assert scores is not None
+    assert scores.utility == pytest.approx(metrics[utility], abs=1e-12)
+    logits[0, 0] = math.nan
+    metrics, scores = classification_scorer(encoded, 0, experiment)(plain, CPU)
+    assert scores is not None
+    assert math.isnan(scores.utility)
 
 
 def test_without_examples_to_write_only_likelihood_is_measured(model: Any, tokenizer: Any) -> None:
