@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fedlpp_ray.privacy.attacks import Known
     from fedlpp_ray.tracking.run_log import RunLog
 
+WIDTH = 120
+"""Of a table, in characters: names are not cut."""
 ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
 
@@ -95,7 +97,7 @@ def _attack(options: argparse.Namespace, console: Console) -> int:
 
         means = over_seeds(dict(zip(seeds, reports, strict=True)))
         write_file(summary, (to_json(means) + "\n").encode())
-        Console(highlight=False).print(_seeds_table(means))
+        Console(highlight=False, width=WIDTH).print(_seeds_table(means))
         console.print(f"seeds     {summary}")
     return 0
 
@@ -214,7 +216,7 @@ def _attack_run(asked: _Asked, curve: int | None, console: Console) -> dict[str,
     write_file(target, (to_json(report) + "\n").encode())
     if asked.log:
         asked.log.attacked(report, files)
-    Console(highlight=False).print(_table(report))
+    Console(highlight=False, width=WIDTH).print(_table(report))
     console.print(f"result    {target}")
     return report
 

@@ -45,7 +45,7 @@ class Outcome:
         broadcasts: Number of broadcasts that it was given.
         round: After which the server had the state of the newest of them.
         metrics: On the held-out examples.
-        scores: Of each of them; None where the utility is no mean of them.
+        scores: Of each of them; None where no sums over them decide the utility.
     """
 
     attack: str
