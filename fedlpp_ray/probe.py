@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fedlpp_ray.federation.probes import Probed
 
 PROBES_FILE = "probes.json"
+WIDTH = 120
+"""Of a table, in characters."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +94,7 @@ def _probe(options: argparse.Namespace, console: Console) -> int:
     write_file(target, (to_json(report) + "\n").encode())
     if log:
         log.probed(report, [target])
-    shown = Console(highlight=False)
+    shown = Console(highlight=False, width=WIDTH)
     shown.print(_membership_table(report))
     shown.print(_inversion_table(report))
     console.print(_made_again(report))
@@ -150,6 +152,7 @@ def _membership_table(report: dict[str, Any]) -> Table:
         shown.add_row(round, "all", each["score"], *_cells(each))
     lines = ["TPR: at 1 % false positives; none with fewer than 100 different non-members"]
     shown.caption = "\n".join([*lines, *_refusals(report, "membership")])
+    shown.caption_justify = "left"
     return shown
 
 
@@ -162,16 +165,21 @@ def _inversion_table(report: dict[str, Any]) -> Table:
             values = [f"{x[key]:.3f}" for key in ("informed", "auc", "recall")]
             where = [str(each["round"]), str(each["client"]), factor, str(x["tokens"])]
             shown.add_row(*where, *values, f"{x['rank']} of {x['full_rank']}")
-    shown.caption = "\n".join(_refusals(report, "inversion"))
+    shown.caption, shown.min_width = "\n".join(_refusals(report, "inversion")), WIDTH
+    shown.caption_justify = "left"
     return shown
 
 
 def _refusals(report: dict[str, Any], probe: str) -> list[str]:
-    """Each update that the probe cannot say anything about, and why."""
+    """Why the probe cannot say anything about updates: each reason, and of which of them."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for each in report["updates"]:
+        if probe in each["refused"]:
+            reason = each["round"], each["refused"][probe]
+            found.setdefault(reason, []).append(str(each["client"]))
     return [
-        f"round {each['round']}, client {each['client']}: {each['refused'][probe]}"
-        for each in report["updates"]
-        if probe in each["refused"]
+        f"round {round}, client {', '.join(clients)}: {reason}"
+        for (round, reason), clients in found.items()
     ]
 
 

@@ -48,7 +48,7 @@ def test_a_finished_runs_updates_are_made_again_and_probed(
     assert all(each["loss"]["same"] for each in report["updates"])
     for each in report["updates"]:
         assert set(each["membership"]) == {"loss", "reference", "reference_base"}
-        assert each["refused"]["inversion"].startswith("federation.local_steps: client")
+        assert each["refused"]["inversion"].startswith("federation.local_steps: of ")
     rounds = [(x["round"], x["score"]) for x in report["pooled"] if x["score"] == "loss"]
     assert rounds == [(1, "loss"), (2, "loss"), (3, "loss"), (None, "loss")]
     members = [x["membership"]["loss"]["members"] for x in report["updates"]]
@@ -57,6 +57,8 @@ def test_a_finished_runs_updates_are_made_again_and_probed(
     assert "honest but curious" in report["threat"]
     shown = capsys.readouterr()
     assert "no dp" in shown.out
+    together = ", ".join(str(x.client) for x in all_sent(records(run)) if x.round == 1)
+    assert f"round 1, client {together}: federation.local_steps: of" in shown.out
     assert f"{len(sent)} made again, each with the loss" in shown.err
     client = MlflowClient(store)
     (logged,) = client.search_runs([client.get_experiment_by_name("train").experiment_id])

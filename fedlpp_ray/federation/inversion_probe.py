@@ -87,8 +87,8 @@ def probe_inversion(
     check_inversion(experiment)
     if (steps := text.steps(client)) != 1:
         raise PrivacyError(
-            f"federation.local_steps: client {client} makes {steps} steps, whose gradients are "
-            "not known apart; gradient inversion allows 1"
+            f"federation.local_steps: of {steps} steps the gradients are not known apart; "
+            "gradient inversion allows 1"
         )
     probe.load(client, seen.broadcast)
     batch = step_examples(probe, round, client)
