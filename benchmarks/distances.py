@@ -1,11 +1,11 @@
 """How near an adversary comes to the server's adapter in a run: its weights, not its answers.
 
-    python -m benchmarks.distances RUN [adversary.key=value ...]
+    python -m benchmarks.distances RUN [adversary.key=value ...] [--attacks NAME,...]
 
-A row is an attack that only reads broadcasts, but for means at a higher rank. Its distance is
-||attack - S|| / ||S|| over every tensor that is sent, and of the products B A of all layers, which
-no gauge changes. S is the server's state after the last round, or its final model where the run
-ends with one. For adversaries that know the architecture.
+A row is an attack, by default each that only reads broadcasts, but for means at a higher rank. Its
+distance is ||attack - S|| / ||S|| over every tensor that is sent, and of the products B A of all
+layers, which no gauge changes. S is the server's state after the last round, or its final model
+where the run ends with one. For adversaries that know the architecture.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from fedlpp_ray.storage.runs import RESULT, read_result
 COLUMNS = ["attack", "weights", "products"]
 
 
-def measure(run: Path, overrides: Sequence[str]) -> dict[str, tuple[float, float]]:
+def measure(
+    run: Path, overrides: Sequence[str], names: list[str] | None = None
+) -> dict[str, tuple[float, float]]:
     """The two distances of each attack, the nearest in weights first.
 
     Raises:
-        UserError: the run cannot be read, or its adversary does not know the architecture.
+        UserError: the run cannot be read, there is no such attack, or its adversary cannot make it
+            or does not know the architecture.
     """
     outcome = read_result(run)
     experiment = Experiment.from_dict(outcome["config"], str(run / RESULT))
@@ -54,8 +57,8 @@ def measure(run: Path, overrides: Sequence[str]) -> dict[str, tuple[float, float
     server = safetensors.torch.load(trained(folder)["adapter_model.safetensors"])
     server = {name: server[name] for name in view.last.state}
     found = {}
-    for name, known in attacks_of(experiment)[0].items():
-        if known.level == "broadcast":
+    for name, known in attacks_of(experiment, names)[0].items():
+        if names or known.level == "broadcast":
             state = known.attack(view)
             if state.keys() > server.keys():  # a mean at a higher rank is no adapter of S's shape
                 continue
@@ -89,13 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("overrides", nargs="*", metavar="adversary.key=value")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--attacks", metavar="NAME,...", help="these, whatever their level")
+    options = parser.parse_intermixed_args(arguments)
+    names = options.attacks.split(",") if options.attacks else None
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    return run_command(lambda: _print(options.run, options.overrides), console)
+    return run_command(lambda: _print(options.run, options.overrides, names), console)
 
 
-def _print(run: Path, overrides: Sequence[str]) -> int:
-    found = measure(run, overrides)
+def _print(run: Path, overrides: Sequence[str], names: list[str] | None) -> int:
+    found = measure(run, overrides, names)
     cells = [[name, *(f"{distance:.3f}" for distance in pair)] for name, pair in found.items()]
     print(page.rows(COLUMNS, cells))
     return 0

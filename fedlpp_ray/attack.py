@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fedlpp_ray.command_line import check_writable_file, run_command
+from fedlpp_ray.command_line import WIDTH, check_writable_file, run_command
 from fedlpp_ray.config import Experiment, check_same, check_same_adversary, parse_overrides
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.privacy import Interval
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fedlpp_ray.privacy.attacks import Known
     from fedlpp_ray.tracking.run_log import RunLog
 
-WIDTH = 120
-"""Of a table, in characters: names are not cut."""
 ATTACKS_FILE, SEEDS_FILE = "attacks.json", "attacks_seeds.json"
 
 

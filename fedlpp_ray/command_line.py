@@ -17,6 +17,8 @@ from rich.console import Console
 from fedlpp_ray.errors import UserError
 
 BAD_INPUT = 2
+WIDTH = 120
+"""Of a table, in characters: names are not cut where the output is no terminal."""
 
 
 def run_command(command: Callable[[], int], console: Console) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fedlpp_ray.command_line import check_writable_file, run_command
+from fedlpp_ray.command_line import WIDTH, check_writable_file, run_command
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.storage import RunFolder, write_file
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from fedlpp_ray.federation.probes import Probed
 
 PROBES_FILE = "probes.json"
-WIDTH = 120
-"""Of a table, in characters."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

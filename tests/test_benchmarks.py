@@ -235,6 +235,9 @@ def test_the_last_broadcast_of_full_precision_is_the_server(
     assert train.main([str(tmp_path / "x.yaml"), *options]) == 0
     assert distances.main([str(tmp_path / "run"), "adversary.architecture=unknown"]) == 2
     assert "by name; allowed: known" in capsys.readouterr().err
+    asked = [str(tmp_path / "run"), "adversary.colluders=8", "--attacks", "followed"]
+    assert distances.main(asked) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| followed | 0.000 | 0.000 |"]
     assert distances.main([str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = {name: x for name, *x in (line.strip("| ").split(" | ") for line in lines)}

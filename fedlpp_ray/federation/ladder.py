@@ -129,10 +129,8 @@ class Ladder:
         emulator = None
         if experiment.emulator.kind != "none":
             emulator = emulate(experiment, text, load_base(experiment, text), device)
-        held, clients = (
-            held_of(experiment, text, device, emulator),
-            colluders(experiment, text.examples),
-        )
+        held = held_of(experiment, text, device, emulator)
+        clients = colluders(experiment, text.examples)
         self._bench = Bench(experiment, text, held, device)
         own, means = own_text(experiment, text, clients), means_of(experiment)
         self._auxiliary, self.bases = len(own.auxiliary), tuple(held)

@@ -110,20 +110,14 @@ def test_colluders_of_several_ranks_read_the_messages_of_all_and_the_highest_las
     assert torch.isfinite(most[:2]).all()
 
 
-@pytest.mark.parametrize(
-    ("values", "lacks"),
-    [({"downlink.server_mask": 0.25}, 0.0), ({"downlink.client_mask": 0.25}, 0.25)],
-    ids=["server", "client"],
-)
-def test_who_knows_of_a_mask_takes_it_off(
-    tiny_experiment: Experiment, values: dict[str, float], lacks: float
-) -> None:
+@pytest.mark.parametrize("key", ["downlink.server_mask", "downlink.client_mask"])
+def test_who_knows_of_a_mask_takes_it_off(tiny_experiment: Experiment, key: str) -> None:
     """Nothing is trained, so S is what the seed made: off only in columns that came, by rounding.
 
     As it came it is off by the mask's factor, and by the columns that it lacks.
     """
     keys = {"client.lr": 1e-12, "client.weight_decay": 0.0, "downlink.bits": 8, "seed": 3}
-    masked = Run(tiny_experiment.with_values(keys | values))
+    masked = Run(tiny_experiment.with_values(keys | {key: 0.25}))
     view = masked.ladder(colluders=8).view
     initial = masked.ladder()._bench.initial
     name = next(name for name in view.last.state if "lora_A" in name)
@@ -136,7 +130,6 @@ def test_who_knows_of_a_mask_takes_it_off(
     assert ((low <= secret) & (secret <= high)).all()
     assert float(torch.isinf(low).float().mean()) == pytest.approx(0.25, abs=0.02)
     assert torch.equal(ATTACKS["last-broadcast"].attack(view)[name], view.last.start[name])
-    assert lacks == pytest.approx(masked.experiment.downlink.client_mask)
 
 
 def test_a_model_that_has_diverged_is_never_chosen(run: Run) -> None:
