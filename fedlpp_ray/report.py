@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import fill
@@ -25,8 +26,8 @@ from fedlpp_ray.tracking.metrics import (
 )
 
 BEST = "non_dominated"
-_LISTED = 4
-"""Threat models that a plot's title has room for."""
+_LISTED = 6
+"""Lines about threat models that a plot's title has room for."""
 _COLUMNS = {
     FINAL_UTILITY: "server",
     f"client_before/{UTILITY}": "client before",
@@ -121,10 +122,17 @@ def _letter(number: int) -> str:
 
 
 def _legend(letters: Mapping[str, str]) -> list[str]:
-    """What the letters stand for; of a single one the threat model alone."""
+    """What the letters stand for, after what all threat models begin with."""
     if len(letters) < 2:
         return [f"threat: {threat}" for threat in letters]
-    return [f"threat {letter}: {threat}" for threat, letter in letters.items()]
+    clauses = [threat.split("; ") for threat in letters]
+    alike = takewhile(lambda each: len(set(each)) == 1, zip(*clauses, strict=False))
+    shared = [clause for clause, *_ in alike]
+    rests = ["; ".join(each[len(shared) :]) or "no more" for each in clauses]
+    lines = [
+        f"threat {letter}: {rest}" for letter, rest in zip(letters.values(), rests, strict=True)
+    ]
+    return [f"threat: {'; '.join(shared)}; and", *lines] if shared else lines
 
 
 def _cell(column: str, value: float) -> str:
@@ -173,9 +181,10 @@ def save_plot(table: pd.DataFrame, keys: Sequence[str], utility: str, path: Path
     axes.scatter([], [], s=140, fc="none", ec="0.3", label="non-dominated")
     axes.plot([], [], color="0.5", alpha=0.2, lw=8, label="floor")
     axes.set(xlabel="MB moved, both directions", ylabel=f"held-out {utility}")
-    title = ["Server (dot) and strongest client (cross): a gap is protection", *_legend(letters)]
-    if len(title) > 1 + _LISTED:
-        title[1 + _LISTED :] = [f"and {len(letters) - _LISTED} more: column {THREAT} of the table"]
+    said = _legend(letters)
+    if len(said) > _LISTED:
+        said[_LISTED:] = [f"and {len(said) - _LISTED} more: column {THREAT} of the table"]
+    title = ["Server (dot) and strongest client (cross): a gap is protection", *said]
     axes.set_title("\n".join(fill(line, 110) for line in title), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

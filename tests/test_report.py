@@ -113,6 +113,12 @@ def test_a_sweep_says_against_whom_protection_is(
     assert heading.endswith("seconds  threat")
     assert [row.split()[-1] for row in (first, second, third, failed)] == ["a", "b", "a", "-"]
     assert said == ["threat a: one", "threat b: many"]
+    *_, shared, first, second = shown("one; known; 5 broadcasts", "one; known")
+    assert [shared, first, second] == [
+        "threat: one; known; and",
+        "threat a: 5 broadcasts",
+        "threat b: no more",
+    ]
     assert len(shown(*map(str, range(30)))) == 1 + 31 + 30
     assert "threat" not in "".join(shown(None))
 
