@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from fedlpp_ray.config import Experiment, dump_experiment
 
-ROUNDS = 30
+ROUNDS = 12
 SPACE = """
 from ray import tune
 
@@ -35,9 +35,11 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, tiny_experiment: Ex
     first = subprocess.Popen(
         command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
     )
-    wait_for_round(tmp_path / "out", 4)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    try:
+        wait_for_round(tmp_path / "out", 4)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
     before = rounds_logged(tmp_path / "out")
     assert 0 < sum(map(len, before.values())) < 2 * ROUNDS
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -63,7 +65,7 @@ def rounds_logged(storage: Path) -> dict[str, list[int]]:
 
 def wait_for_round(storage: Path, wanted: int) -> None:
     """By the checkpoints: MLflow's new database must not be opened while it is being made."""
-    for _ in range(600):
+    for _ in range(1500):
         if any(storage.glob(f"space-*/*/checkpoint_{wanted - 1:06d}/history.json")):
             return
         time.sleep(0.2)
