@@ -183,6 +183,8 @@ class Aggregator:
         lora, limit = self._experiment.lora, self._experiment.server.max_update_norm
         expected = Envelope("update", started, client, self._opening.examples[client])
         schema = self._wire.update(started, lora.rank_of(client))
+        if self._private:
+            limit += self._private.slack(schema, self._opening.clip)
         state = decode(payload, expected, schema, self._wire.uplink, max_norm=limit)
         if self._private:
             exact = self._experiment.uplink.bits == FULL_PRECISION

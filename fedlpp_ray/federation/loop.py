@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FRUITLESS = 2
-"""After so many rounds in a row of which nothing was folded, one refused client ends the run."""
+"""After so many rounds in a row of which nothing was folded, one refused client, or a sum that is
+not unmasked, ends the run."""
 
 
 class Federation:
@@ -214,14 +215,16 @@ class Federation:
                 )
         broken = [r.fault for r in reports if r.fault and r.fault.kind in ("refused", "failed")]
         before = self.history[-FRUITLESS:]
-        hopeless = len(broken) > 1 or (
-            len(before) == FRUITLESS and not any(record.folded for record in before)
-        )
-        if broken and not came and hopeless:
+        fruitless = len(before) == FRUITLESS and not any(record.folded for record in before)
+        if broken and not came and (fruitless or len(broken) > 1):
             raise MessageError(f"round {plan.round}: no update could be used: {broken[0].reason}")
         fault: Fault | None = abandoned(came, needed)
         if plan.cohort and came >= needed:
             fault = self._unmask(reports, halves)
+            if fault:
+                logger.warning("round %d: %s", plan.round, fault.reason)
+            if fault and fruitless:
+                raise MessageError(f"round {plan.round}: {fault.reason}")
         if fault is None:
             self._memories |= {
                 r.client: StoredBytes(r.memory)

@@ -34,7 +34,7 @@ from fedlpp_ray.privacy.dp import (
     update_multiplier,
     with_noise,
 )
-from fedlpp_ray.state import State
+from fedlpp_ray.state import Schema, State, schema_of
 
 Clipping = tuple[float, float | None]
 """C in force in a round, and the noised fraction of its clients within C where that is counted."""
@@ -73,7 +73,7 @@ class Private:
     def reach(self) -> float:
         """Absolute value that a client's noise, and its count, stay within at the first clip."""
         noise = _SIGMAS * self._share("", self.first_clip)
-        return max(noise, 0.5 + _SIGMAS * self._share(BELOW, 0.0)) if self.adaptive else noise
+        return max(noise, self._most_counted(0.0)) if self.adaptive else noise
 
     def clip_of(self, broadcast: State) -> float:
         """C in force with a broadcast, as decoded."""
@@ -114,17 +114,25 @@ class Private:
             MessageError: the norm is above C, or above what the noise can make of it.
         """
         update = {name: tensor for name, tensor in answer.items() if name != BELOW}
-        numbers = sum(tensor.numel() for tensor in update.values())
-        limit = clip * (1 + _TOLERANCE)
-        limit += self._share("", clip) * (math.sqrt(numbers) + _SIGMAS)
+        limit = clip * (1 + _TOLERANCE) + self._noise_norm(schema_of(update), clip)
         if exact and norm(update) > limit:
             raise MessageError(
                 f"its norm is {norm(update):.4g}; clipped to dp.clip = {clip:.4g} "
                 f"it is at most {limit:.4g}"
             )
-        most = 0.5 + _SIGMAS * self._share(BELOW, clip)
+        most = self._most_counted(clip)
         if self.adaptive and abs(float(answer[BELOW])) > most:
             raise MessageError(f"{BELOW} is {float(answer[BELOW]):.4g}; at most {most:.4g}")
+
+    def slack(self, schema: Schema, clip: float) -> float:
+        """What a client's noise and its count add to the norm of what it sends, at most.
+
+        Args:
+            schema: Of what it sends.
+            clip: C in force.
+        """
+        counted = self._most_counted(clip) if self.adaptive else 0.0
+        return self._noise_norm(schema, clip) + counted
 
     def bounded(self, answer: State, clip: float) -> State:
         """An update as the server adds it: clipped by the server itself, whoever sent it.
@@ -171,6 +179,15 @@ class Private:
     def _share(self, name: str, clip: float) -> float:
         """Of a client's part of that noise: as many as make a round have enough of it."""
         return 0.0 if self._shares is None else self._std(name, clip) / math.sqrt(self._shares)
+
+    def _noise_norm(self, schema: Schema, clip: float) -> float:
+        """Of a client's part on an update, at most."""
+        numbers = sum(math.prod(shape) for name, shape in schema.items() if name != BELOW)
+        return self._share("", clip) * (math.sqrt(numbers) + _SIGMAS)
+
+    def _most_counted(self, clip: float) -> float:
+        """Absolute value of a client's count, with its part of the noise, at most."""
+        return 0.5 + _SIGMAS * self._share(BELOW, clip)
 
     def _noise(self, name: str, clip: float) -> float:
         """Of the server's part."""

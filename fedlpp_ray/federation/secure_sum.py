@@ -11,6 +11,7 @@ from fedlpp_ray.aggregation import ServerOptimizer
 from fedlpp_ray.aggregation.rules import next_state
 from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.opening import Decoded, Opening
+from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.wire import Wire, edition
 from fedlpp_ray.messages import MessageError
 from fedlpp_ray.messages.checks import brief, check_norm
@@ -48,7 +49,7 @@ class SecureSum:
 
     Open, it is in the place of an `Aggregator`. Of what that checks of an update it checks form,
     sender and round; values are hidden, and each client itself keeps its own within `secure.clip`.
-    `server.max_update_norm` is a limit of the mean, which the mean of such updates is within.
+    `server.max_update_norm` is a limit of the mean, without what clients' own noise adds to it.
 
     Args:
         experiment: What is run.
@@ -83,6 +84,7 @@ class SecureSum:
             MessageError: a broadcast is not what the round made.
         """
         self._cohort = {each.client for each in opening.cohort}
+        self._clip = opening.clip
         self._wire = Wire(self._experiment, opening.schema)
         self._decoded = Decoded(opening, self._wire)
         self.own = self._decoded.own(self.round)
@@ -150,7 +152,13 @@ class SecureSum:
         """K - D in the server's gauge and units, float64."""
         schema = self._wire.update(self.round, self._experiment.lora.rank)
         mean = self._grid.mean(self._server.total(), schema, len(survivors))
-        check_norm(mean, self._experiment.server.max_update_norm)
+        limit = given = self._experiment.server.max_update_norm
+        if rules := private(self._experiment):
+            limit += rules.slack(schema, self._clip)
+        try:
+            check_norm(mean, limit)
+        except MessageError as error:
+            raise MessageError(f"{error} (server.max_update_norm = {given:g})") from None
         key = edition(self._experiment, min(survivors))  # they differ in nothing that counts here
         mean = self._wire.masks.settle(mean, self._decoded.of(self.round, key))
         mean = self._wire.rotate(self.round, key, mean, back=True)

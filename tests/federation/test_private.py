@@ -233,6 +233,26 @@ def opened(server: Server) -> None:
     server.open_round(1, cohort, {1: server.encode_broadcast(1)})
 
 
+@pytest.mark.parametrize("secured", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_limit_of_an_update_is_without_what_its_client_adds(
+    tiny_experiment: Experiment, *, adaptive: bool, secured: bool
+) -> None:
+    """Noise of a norm of hundreds, and a count of a half and its noise."""
+    noise = {"dp.noise": "clients", "dp.noise_multiplier": 72.0 if adaptive else 36.0}
+    values = (
+        CLIPPED | {"dp.clip": 1.0, "federation.rounds": 1, "server.max_update_norm": 0.5} | noise
+    )
+    values |= {"dp.adaptive": True, "dp.count_noise": 42.0} if adaptive else {}
+    values |= (
+        {"secure.threshold": 3, "federation.min_updates": 3, "secure.clip": 1e4} if secured else {}
+    )
+    experiment = tiny_experiment.with_values(values)
+    preflight.check([experiment])
+    (record,) = Federation(experiment, InProcess(experiment)).run()
+    assert [client.fault for client in record.clients] == [None] * 4
+
+
 def test_the_server_clips_what_rounding_has_enlarged(tiny_experiment: Experiment) -> None:
     values = {"uplink.bits": "ternary", "uplink.rounding": "nearest"}
     server = Server(tiny_experiment.with_values(CLIPPED | values))

@@ -323,6 +323,21 @@ def test_a_sum_that_cannot_be_unmasked_abandons_the_round(secure: Experiment) ->
     assert reason.startswith("no sum was unmasked: 2 of 4 clients are left at step 'unmask'")
 
 
+def test_sums_that_are_never_unmasked_are_said_and_end_the_run(
+    secure: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = {"server.max_update_norm": 1e-6, "federation.rounds": 5}
+    experiment = secure.with_values(SHORT | limit)
+    federation = Federation(experiment, InProcess(experiment))
+    with pytest.raises(
+        MessageError, match=r"round 3: no sum .* \(server\.max_update_norm = 1e-06\)"
+    ):
+        list(federation.run())
+    assert [record.folded for record in federation.history] == [(), ()]
+    for round in (1, 2, 3):
+        assert f"round {round}: no sum was unmasked: its norm is" in caplog.text
+
+
 def test_the_ledger_is_the_bytes_of_both_directions(secure: Experiment) -> None:
     experiment = secure.with_values(SHORT | DROPOUT | {"federation.rounds": 2})
     backend = Recording(experiment)
