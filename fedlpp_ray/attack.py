@@ -148,7 +148,9 @@ def _asked(
         raise UserError("--curve: none of these attacks only reads broadcasts")
     folder = RunFolder(run, experiment)
     if not folder.kept():
-        raise UserError(f"{run} has no broadcasts: it is of an earlier version, or no federation")
+        raise UserError(
+            f"{run} has no broadcasts: it is of an earlier version or of a sweep, or no federation"
+        )
     adapter, lacking = _adapter(folder, outcome)
     log = None
     if options.tracking_uri:

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
-        "--rounds", metavar="N,N", help="only these; default: the first, the middle and the last"
+        "--rounds", metavar="N,N", help="only these; default: the first, middle and last"
     )
     parser.add_argument(
         "--clients", metavar="N,N", help="only these; default: the first eight of each round"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
@@ -14,10 +17,13 @@ from fedlpp_ray import attack, probe, train
 from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.checkpoint import trained
-from fedlpp_ray.federation.intervals import over_seeds
-from fedlpp_ray.federation.ladder import Ladder
+from fedlpp_ray.federation.intervals import over_seeds, protection_intervals
+from fedlpp_ray.federation.ladder import Ladder, Outcome
 from fedlpp_ray.federation.records import RoundRecord
+from fedlpp_ray.privacy import Interval, Scores, bootstrap_protection
+from fedlpp_ray.privacy.attacks import find_attacks
 from fedlpp_ray.storage import DamagedError, RunFolder
+from fedlpp_ray.training import Scored
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +36,37 @@ def run(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "run"
 
 
-def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(run: Path) -> None:
-    assert attack.main([str(run), "adversary.max_looks=1", "adversary.colluders=2"]) == 0
-    report = json.loads((run / "attacks.json").read_text())
+@pytest.fixture
+def able(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy whose server knows all answers, so that its protection is defined."""
+    path = tmp_path / "able" / "result.json"
+    shutil.copytree(run, path.parent, ignore=shutil.ignore_patterns("run-id"))
+    outcome = json.loads(path.read_text())
+    outcome["history"][-1]["server"]["utility"] = 1.0
+    path.write_text(json.dumps(outcome))
+    compared = Ladder.compared
+
+    def knowing(ladder: Ladder, adapter: Mapping[str, bytes]) -> tuple[Scored, dict[str, Scored]]:
+        (metrics, scores), floor = compared(ladder, adapter)
+        assert scores is not None
+        return (metrics, replace(scores, values=np.ones_like(scores.values))), floor
+
+    monkeypatch.setattr(Ladder, "compared", knowing)
+    return path.parent
+
+
+def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(able: Path) -> None:
+    assert attack.main([str(able), "adversary.max_looks=1", "adversary.colluders=2"]) == 0
+    report = json.loads((able / "attacks.json").read_text())
     utilities = {each["name"]: each["metrics"]["utility"] for each in report["attacks"]}
     assert report["adversary"]["colluders"] == 2
     total = report["protection"]
     assert total["strongest"][1] == max(utilities.values())
-    server = json.loads((run / "result.json").read_text())["history"][-1]["server"]["utility"]
-    assert total["server"] == server
-    if total["value"] is not None:
-        floor = total["floor"][1]
-        expected = (server - max(utilities.values())) / (server - floor)
-        assert total["value"] == pytest.approx(expected)
+    server = json.loads((able / "result.json").read_text())["history"][-1]["server"]["utility"]
+    assert total["server"] == server == 1
+    floor = total["floor"][1]
+    expected = (server - max(utilities.values())) / (server - floor)
+    assert total["value"] == pytest.approx(expected)
     assert set(report["levels"]) == {"broadcast", "trained"}
     assert report["left_out"].keys() == {
         *("unmasked-broadcast", "mean-final", "distilled", "distilled-mean")
@@ -52,15 +76,15 @@ def test_a_finished_run_is_attacked_and_protection_is_against_the_strongest(run:
 
 
 def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
-    run: Path, tmp_path: Path
+    able: Path, tmp_path: Path
 ) -> None:
     out, store = tmp_path / "out.json", f"sqlite:///{tmp_path / 'mlflow.db'}"
     options = ["--attacks", "last-broadcast,mean-factors,tuned", "--curve", "1"]
-    assert attack.main([str(run), *options, "--json", str(out), "--tracking-uri", store]) == 0
+    assert attack.main([str(able), *options, "--json", str(out), "--tracking-uri", store]) == 0
     report = json.loads(out.read_text())
     curve = report["leak_curve"]
     assert [each["round"] for each in curve] == [0, 1, 2, 3]
-    history = json.loads((run / "result.json").read_text())["history"]
+    history = json.loads((able / "result.json").read_text())["history"]
     for point, record in zip(curve[1:], history, strict=True):
         assert point["utility"] >= record["client_before"]["utility"]
         if point["name"] == "last-broadcast":
@@ -80,8 +104,8 @@ def test_the_leak_curve_is_the_strongest_attack_after_each_broadcast(
     ):
         expected = {"protection": found["value"], "strongest": found["strongest"][1]}
         expected |= {f"protection_{end}": found["interval"][end] for end in ("low", "high")}
-        for name, value in expected.items():  # what is undefined is not logged
-            assert metrics.get(f"{prefix}/{name}") == value
+        for name, value in expected.items():
+            assert metrics[f"{prefix}/{name}"] == value
     assert logged.info.status == "FINISHED"
     assert logged.data.tags["attacks.threat"] == report["threat"]
     assert logged.data.tags["attacks.adversary.architecture"] == "known"
@@ -158,20 +182,79 @@ def test_broadcasts_are_kept_whole_and_replaced_where_a_round_came_to_another(
 
 
 def test_every_protection_has_its_interval_over_the_held_out_examples(
-    run: Path, tmp_path: Path
+    able: Path, tmp_path: Path
 ) -> None:
-    """What was measured again is what the run had measured, so that the interval is around it."""
-    out = tmp_path / "out.json"
-    assert attack.main([str(run), "--attacks", "last-broadcast,trend", "--json", str(out)]) == 0
+    out, names = tmp_path / "out.json", "last-broadcast,trend,tuned"
+    assert attack.main([str(able), "--attacks", names, "--json", str(out)]) == 0
     report = json.loads(out.read_text())
-    total = report["protection"]
     assert "adversary client" in report["threat"]
     assert "architecture known; has their base, no auxiliary text" in report["threat"]
-    if total["value"] is None:
-        assert total["interval"]["low"] is None
-    elif total["interval"]["low"] is not None:
-        assert total["interval"]["low"] <= total["value"] <= total["interval"]["high"]
-    assert all(0 <= each["interval"]["undefined"] <= 1 for each in report["attacks"])
+    values = [(x["protection"], x["interval"]) for x in report["attacks"]]
+    for each in (report["protection"], *report["levels"].values()):
+        values.append((each["value"], each["interval"]))
+    assert len(values) == 6
+    for value, interval in values:
+        assert interval["low"] <= value <= interval["high"]
+        assert 0 < interval["high"] - interval["low"] < 1
+        assert interval["undefined"] == 0
+
+
+def test_where_the_server_is_not_above_the_floor_there_is_no_interval(
+    run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    assert attack.main([str(run), "--attacks", "last-broadcast", "--json", str(out)]) == 0
+    total = json.loads(out.read_text())["protection"]
+    assert "not above the floor" in total["reason"]
+    assert (total["value"], total["interval"]["low"], total["interval"]["high"]) == (None,) * 3
+    assert total["interval"]["undefined"] > 0.5
+
+
+def test_an_interval_is_of_its_own_attacks_and_each_attack_has_its_own() -> None:
+    """Of the models' answers as given: nothing is measured."""
+    random = np.random.default_rng(0)
+
+    def scores(share: float) -> Scores:
+        return Scores((random.random(400) < share).astype(float), np.ones(400))
+
+    server, floors = scores(0.9), {"base": scores(0.2), "tuned alone": scores(0.3)}
+    levels = {"weak": "broadcast", "strong": "trained", "middling": "trained"}
+    given = {"weak": scores(0.4), "strong": scores(0.8), "middling": scores(0.6)}
+    outcomes = [
+        Outcome(name, "client", levels[name], 1, 1, {"utility": x.utility}, x)
+        for name, x in given.items()
+    ]
+
+    class Measured:
+        def compared(self, _: object) -> tuple[Scored, dict[str, Scored]]:
+            return ({}, server), {"base": ({}, floors["base"])}
+
+    own = {"tuned alone": ({}, floors["tuned alone"])}
+    ladder: Any = Measured()
+    found = protection_intervals(ladder, outcomes, own, {"x": b""}, 5)
+
+    def expected(*names: str) -> Interval:
+        attacks = {name: given[name] for name in names}
+        return bootstrap_protection(server, attacks, floors, {"all": names}, seed=5)["all"]
+
+    attacks, by_level, total = found
+    assert attacks == {name: expected(name) for name in given}
+    assert len({each.low for each in attacks.values()}) == 3
+    assert by_level == {
+        "broadcast": expected("weak"),
+        "trained": expected("strong", "middling"),
+    }
+    assert total == expected("weak", "strong", "middling")
+
+
+def test_an_attacks_examples_come_to_its_utility(run: Path) -> None:
+    outcome = json.loads((run / "result.json").read_text())
+    experiment = Experiment.from_dict(outcome["config"])
+    history = [RoundRecord.from_dict(each) for each in outcome["history"]]
+    ladder = Ladder(experiment, RunFolder(run, experiment).kept(), history)
+    for each in ladder.run(find_attacks(["last-broadcast", "tuned"])):
+        assert each.scores is not None
+        assert each.scores.utility == pytest.approx(each.utility)
 
 
 def test_the_server_and_the_floor_are_measured_again_as_they_were(run: Path) -> None:

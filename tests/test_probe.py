@@ -197,6 +197,8 @@ def test_which_updates_are_chosen_and_why_others_are_not() -> None:
     rounds = lambda *given: [(x.round, x.client) for x in choose(past, *given)]  # noqa: E731
     assert rounds(None, None) == [(1, 1), *((4, c) for c in range(10, 10 + MOST)), (6, 1)]
     assert rounds(None, [1]) == [(1, 1), (6, 1)]
+    assert rounds(None, [2, 1]) == [(1, 1), (2, 2), (6, 1)]  # of each its own
+    assert rounds(None, [10, 3]) == [(4, 10), (5, 3)]
     assert rounds([4], [29]) == [(4, 29)]
     with pytest.raises(Exception, match="no update in round 1: late, too slow"):
         choose(past, [1], [2])

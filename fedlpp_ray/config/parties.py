@@ -281,8 +281,8 @@ class ServerConfig(Section):
     examples: Annotated[int, Field(ge=0)] = 0
     """So many training examples are the server's own and no client's, whatever the seed."""
     max_update_norm: PositiveFloat = 1e3
-    """An update with a larger L2 norm is refused, what its client adds for `dp` aside; with `secure`
-    a mean is."""
+    """An update with a larger L2 norm, without what its client adds for `dp`, is refused; with
+    `secure.threshold` a mean is."""
     tune_steps: Annotated[int, Field(ge=0)] = 0
     """Steps that the server makes after every round, with its full model, on its own examples
     (`server.examples`). Optimizer and batches are as the clients' are, at a constant rate."""

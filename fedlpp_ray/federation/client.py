@@ -14,7 +14,7 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.federation.attacked import Attacked, attack
 from fedlpp_ray.federation.data import FederatedText
 from fedlpp_ray.federation.emulation import load_client_base, trained_whole
-from fedlpp_ray.federation.masks import cut
+from fedlpp_ray.federation.masks import all_columns, cut
 from fedlpp_ray.federation.private import private
 from fedlpp_ray.federation.received import Reader
 from fedlpp_ray.federation.records import ClientUpdate, Floor, Memory, RoundRecord
@@ -25,7 +25,7 @@ from fedlpp_ray.lora import ModelState, add_adapter, add_residuals, at_rank, sto
 from fedlpp_ray.messages import Envelope, MessageError, decode, encode
 from fedlpp_ray.models import shard
 from fedlpp_ray.seeds import derive, generator
-from fedlpp_ray.state import COLUMNS, VARIATE, State, part, schema_of
+from fedlpp_ray.state import VARIATE, State, part, schema_of
 from fedlpp_ray.tasks import Metrics
 from fedlpp_ray.training import (
     ALONE,
@@ -281,8 +281,7 @@ class ClientHost:
         """The corrections of a client's gradient in a round."""
         config = self._experiment.client
         rules: list[ClientRule] = [FedProx(config.proximal)] if config.proximal else []
-        columns = {n.removeprefix(COLUMNS): t for n, t in received.items() if part(n) == "columns"}
-        if columns:
+        if columns := all_columns(received):
             rules.append(Subnetwork(columns))
         if config.scaffold:
             c = {name: received[f"{VARIATE}{name}"] for name in self._wire.variates}

@@ -16,16 +16,19 @@ from fedlpp_ray.config import Experiment
 from fedlpp_ray.errors import UserError
 from fedlpp_ray.federation.data import Answering, FederatedText
 from fedlpp_ray.federation.held import Held
-from fedlpp_ray.privacy.view import Base, Means, ViewError
+from fedlpp_ray.privacy.view import Base, Means, Received, ViewError
 from fedlpp_ray.seeds import derive, generator
 from fedlpp_ray.state import State
 from fedlpp_ray.tasks import Encoded, Tokens, collate, evaluation_batches
 from fedlpp_ray.tasks.batches import Label
 from fedlpp_ray.training import (
+    ClientRule,
     FedProx,
     Imitation,
+    Subnetwork,
     Training,
     client_descent,
+    constant_descent,
     mean_loss,
     opinions,
 )
@@ -132,8 +135,8 @@ class Colluders:
         found = mean_loss(self._held[base].model, self._validation, self._device)
         return math.inf if math.isnan(found) else found
 
-    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
-        """The state after a client's local training of a round, without SCAFFOLD's correction.
+    def take_part(self, read: Received, client: int, base: Base) -> State:
+        """A broadcast after a client's local training of its round, without SCAFFOLD's correction.
 
         Raises:
             ValueError: the client is no colluder.
@@ -141,8 +144,12 @@ class Colluders:
         if client not in self.clients:
             raise ValueError(f"client {client} is none of the adversary's")
         experiment, held = self._experiment, self._held[base]
-        self._held[base].put(state)
+        round = read.made
+        held.put(read.start)
         mu = experiment.client.proximal
+        rules: list[ClientRule] = [FedProx(mu)] if mu else []
+        if read.columns:
+            rules.append(Subnetwork(read.columns))
         method = find_method(experiment.server.aggregation)
         with held.state.training_only(method.trained(round)):
             Training(
@@ -154,7 +161,7 @@ class Colluders:
                 pad=self._text.pad,
                 device=self._device,
                 descent=client_descent(experiment, round),
-                rules=[FedProx(mu)] if mu else [],
+                rules=rules,
             ).run()
         return held.state.read()
 
@@ -169,6 +176,7 @@ class Colluders:
             seed=derive(experiment.seed, "adversary"),
             pad=self._text.pad,
             device=self._device,
+            descent=constant_descent(experiment.client),
         )
         return self._best(state, base, training.advance)
 

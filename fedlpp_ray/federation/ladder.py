@@ -159,7 +159,7 @@ class Ladder:
             experiment.lora.rank,
             tools,
             readable,
-            averaged=experiment.server.final_average,
+            averaged=_last(experiment.server.final_average, len(history) + 1),
             returns=returns,
         )
 
@@ -174,9 +174,11 @@ class Ladder:
             ViewError: one is not.
         """
         received = self.view.received[:broadcasts]
-        round = received[-1].made - 1
+        round, averaged = received[-1].made - 1, self.view.averaged
+        if len(received) < len(self.view.received):  # as if the run had ended there
+            averaged = _last(len(averaged), round + 1)
         for base in self.bases:
-            view = replace(self.view, received=received, base=base)
+            view = replace(self.view, received=received, averaged=averaged, base=base)
             for name, known in attacks.items():
                 metrics, scores = self._bench.score(self._open(known.attack(view)), base)
                 yield Outcome(name, base, known.level, len(received), round, metrics, scores)
@@ -262,6 +264,11 @@ class Ladder:
         }
         known = {round: found for round, found in weights.items() if found}
         return Returns(known, config.lr, self._bench.initial)
+
+
+def _last(count: int, round: int) -> range:
+    """So many rounds, up to this one."""
+    return range(round - count + 1, round + 1)
 
 
 def strongest(outcomes: Iterable[Outcome]) -> Outcome:

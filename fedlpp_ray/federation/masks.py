@@ -132,6 +132,11 @@ def columns_of(name: str, flags: State) -> Tensor | None:
     return None if found is None else found.bool()
 
 
+def all_columns(received: State) -> State:
+    """The flags that have come with a broadcast, by the tensor that they are of."""
+    return {n.removeprefix(COLUMNS): t for n, t in received.items() if part(n) == "columns"}
+
+
 def _left(columns: int, share: float) -> int:
     """Columns left by a mask."""
     return max(1, columns - round(share * columns))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlpp_ray.aggregation.products import pad
 from fedlpp_ray.config import Experiment
-from fedlpp_ray.federation.masks import columns_of, cut
+from fedlpp_ray.federation.masks import all_columns, columns_of, cut
 from fedlpp_ray.federation.wire import Broadcast, Wire, edition
 from fedlpp_ray.messages import quantized
 from fedlpp_ray.privacy.view import Received
@@ -24,6 +24,7 @@ class Reader:
     The adversary knows the experiment, so that its cells are those of the defences of the codes;
     with `downlink.perturbation` they would bound S and its noise, so there are none. What a message
     lacks is filled in from the one before, but for a gauge that turns, where that is another's.
+    What has never come is as the seed made it, and zero to who does not know the architecture.
 
     Args:
         experiment: What was run.
@@ -33,6 +34,9 @@ class Reader:
 
     def __init__(self, experiment: Experiment, wire: Wire, initial: State) -> None:
         self._experiment, self._wire, self._initial = experiment, wire, initial
+        self._unseen = initial
+        if experiment.adversary.architecture == "unknown":
+            self._unseen = {name: torch.zeros_like(tensor) for name, tensor in initial.items()}
 
     def read(
         self, broadcasts: Mapping[int, Broadcast], readable: Mapping[int, frozenset[int]]
@@ -51,7 +55,7 @@ class Reader:
             MessageError: a message is not what its round made.
         """
         before: dict[int, bytes] = {}
-        newest = self._initial
+        newest = self._unseen
         for made, broadcast in sorted(broadcasts.items()):
             keys = {
                 edition(self._experiment, client): client
@@ -93,7 +97,8 @@ class Reader:
                     )
                     place, ends = places[name], torch.full_like(start[name], math.inf)
                     cells[name] = place.put(low, -ends), place.put(high, ends)
-        return Received(made, message.client, start | state, cells, start if lacking else None)
+        masked, columns = start if lacking else None, all_columns(read)
+        return Received(made, message.client, start | state, cells, masked, columns)
 
 
 @dataclass(frozen=True)

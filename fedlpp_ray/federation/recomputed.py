@@ -61,31 +61,43 @@ def choose(
 
     Args:
         history: The run's rounds.
-        rounds: Which; None: the first, the middle and the last that folded one of these clients'.
+        rounds: Which; None: the first, the middle and the last that folded an update, and of each
+            client that is named its own.
         clients: Whose; None: all, but the first `MOST` of a round.
 
     Raises:
         UserError: a round, or a client in all of these rounds, has no update, and why.
     """
-    sent = all_sent(history)
-    of_clients = [each for each in sent if clients is None or each.client in clients]
-    there = sorted({each.round for each in of_clients})
-    chosen = sorted({there[0], there[len(there) // 2], there[-1]}) if there else []
-    if rounds is not None:
-        chosen = list(rounds)
-    for round in chosen:
+    for round in rounds or ():
         if not 1 <= round <= len(history):
             raise UserError(f"--rounds {round}: the run has rounds 1 to {len(history)}")
+    sent = all_sent(history)
+    groups = [[x for x in sent if x.client == c] for c in clients] if clients else [sent]
+    found = {
+        each
+        for group in groups
+        for each in group
+        if each.round in (_spread(group) if rounds is None else rounds)
+    }
     for client in clients or ():
-        if not any(each.client == client and each.round in chosen for each in of_clients):
-            raise UserError(f"--clients {client}: {_why(history, chosen, client)}")
-    if missing := [x for x in chosen if not any(each.round == x for each in of_clients)]:
-        whose = " of these clients" if clients else ""
-        raise UserError(f"--rounds {missing[0]}: no update{whose} was folded in it")
-    if not chosen:
+        if not any(each.client == client for each in found):
+            raise UserError(f"--clients {client}: {_why(history, rounds, client)}")
+    by_round: dict[int, list[Sent]] = {round: [] for round in rounds or ()}
+    for each in sorted(found, key=lambda x: (x.round, x.client)):
+        by_round.setdefault(each.round, []).append(each)
+    for round, there in by_round.items():
+        if not there:
+            whose = " of these clients" if clients else ""
+            raise UserError(f"--rounds {round}: no update{whose} was folded in it")
+    if not found:
         raise UserError("the run has folded no update")
-    found = [[each for each in of_clients if each.round == x] for x in sorted(set(chosen))]
-    return [each for part in found for each in (part if clients else part[:MOST])]
+    return [x for _, part in sorted(by_round.items()) for x in (part if clients else part[:MOST])]
+
+
+def _spread(sent: Sequence[Sent]) -> set[int]:
+    """The first, the middle and the last round of some updates."""
+    there = sorted({each.round for each in sent})
+    return {there[0], there[len(there) // 2], there[-1]} if there else set()
 
 
 def check_recomputable(experiment: Experiment) -> None:
@@ -169,12 +181,15 @@ class Recomputed:
         return self._host.train(sent.started, sent.client, self.broadcast(sent), memory)
 
 
-def _why(history: Sequence[RoundRecord], rounds: Sequence[int], client: int) -> str:
-    """Why a client has no update in some rounds."""
+def _why(history: Sequence[RoundRecord], rounds: Sequence[int] | None, client: int) -> str:
+    """Why a client has no update in some rounds, or in any."""
     for record in history:
         for each in record.clients:
-            if each.client == client and record.round in rounds and each.fault:
+            asked = rounds is None or record.round in rounds
+            if each.client == client and asked and each.fault:
                 return f"no update in round {record.round}: {each.fault.kind}, {each.fault.reason}"
     own = [x.round for x in all_sent(history) if x.client == client]
     where = f"in rounds {', '.join(map(str, own))}" if own else "in none"
-    return f"not sampled in {', '.join(map(str, rounds)) or 'any round'}; it has updates {where}"
+    return (
+        f"not sampled in {', '.join(map(str, rounds or ())) or 'any round'}; it has updates {where}"
+    )

@@ -21,7 +21,14 @@ from fedlpp_ray.models import BaseParts, shard
 from fedlpp_ray.seeds import derive
 from fedlpp_ray.state import Part, State
 from fedlpp_ray.tasks import Metrics
-from fedlpp_ray.training import ALONE, Descent, Group, Training, configure_torch, together
+from fedlpp_ray.training import (
+    ALONE,
+    Group,
+    Training,
+    configure_torch,
+    constant_descent,
+    together,
+)
 
 
 class ServerModel:
@@ -110,7 +117,7 @@ class ServerModel:
                 seed=derive(self._experiment.seed, "server", purpose),
                 pad=self._text.pad,
                 device=self._device,
-                descent=Descent(client.optimizer, client.momentum),
+                descent=constant_descent(client),
                 group=self.group,
                 zero=self._experiment.server.zero,
             ).run()

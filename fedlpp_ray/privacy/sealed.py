@@ -35,12 +35,7 @@ class Sealed:
 
     def seal(self, received: Received) -> Received:
         """A broadcast as tensors of which nothing is known but their shapes, values and cells."""
-        state, cells = (
-            _renamed(received.state, self._numbers),
-            _renamed(received.cells, self._numbers),
-        )
-        masked = received.masked and _renamed(received.masked, self._numbers)
-        return replace(received, state=state, cells=cells, masked=masked)
+        return _read(received, self._numbers)
 
     def open(self, state: State) -> State:
         """What the client makes of such tensors."""
@@ -50,9 +45,9 @@ class Sealed:
         """Mean loss on their validation examples, nats: the client measures."""
         return self._tools.loss(self.open(state), base)
 
-    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
-        """What the client's own training of a round makes of a state."""
-        found = self._tools.take_part(self.open(state), client, round, base)
+    def take_part(self, read: Received, client: int, base: Base) -> State:
+        """What the client's own training of its round makes of a broadcast."""
+        found = self._tools.take_part(_read(read, self._names), client, base)
         return _renamed(found, self._numbers)
 
     def tune(self, *_: object) -> Never:
@@ -64,6 +59,17 @@ class Sealed:
         raise ViewError("the adversary cannot train but as a client does in a round")
 
     distil = tune
+
+
+def _read(received: Received, names: Mapping[str, str]) -> Received:
+    """A broadcast under other names of its tensors."""
+    return replace(
+        received,
+        state=_renamed(received.state, names),
+        cells=_renamed(received.cells, names),
+        masked=received.masked and _renamed(received.masked, names),
+        columns=_renamed(received.columns, names),
+    )
 
 
 def _renamed(values: Mapping[str, Value], names: Mapping[str, str]) -> dict[str, Value]:

@@ -39,6 +39,8 @@ class Received:
             have had, by one who knows its defences of the codes; of what the message lacks -inf and
             inf. Empty for what travels whole.
         masked: D as its reader trains from it, where that is not `state`.
+        columns: Of each masked tensor the flags of the columns that have come, which are all that
+            its reader trains.
     """
 
     made: int
@@ -46,6 +48,7 @@ class Received:
     state: State
     cells: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masked: State | None = None
+    columns: State = field(default_factory=dict)
 
     @property
     def start(self) -> State:
@@ -86,8 +89,8 @@ class Tools(Protocol):
     def loss(self, state: State, base: Base) -> float:
         """Mean loss on their validation examples, nats."""
 
-    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
-        """What the local training of a round makes of a state, on one of their clients."""
+    def take_part(self, read: Received, client: int, base: Base) -> State:
+        """What the local training of its round makes of a broadcast, on one of their clients."""
 
     def tune(self, state: State, base: Base) -> State:
         """The state of the lowest validation loss while their other examples are trained on.
@@ -119,7 +122,8 @@ class View:
         tools: Theirs.
         base: The model that the attack's state is made for.
         readable: By client, the rounds whose broadcasts it could read.
-        averaged: Of so many last states the server's final model is the mean; 0: of none.
+        averaged: The rounds that begin with the states of which the server's final model is the
+            mean, the one that would begin now included; empty: it is none.
         returns: What they have returned, where the server's state follows from returns.
 
     Raises:
@@ -132,7 +136,7 @@ class View:
     tools: Tools
     readable: Mapping[int, frozenset[int]]
     base: Base = "client"
-    averaged: int = 0
+    averaged: Sequence[int] = ()
     returns: Returns | None = None
 
     def __post_init__(self) -> None:

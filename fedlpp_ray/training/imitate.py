@@ -14,7 +14,7 @@ from fedlpp_ray.tasks import IGNORED, Batch
 from fedlpp_ray.training.device import compute_dtype, computing
 from fedlpp_ray.training.loss import predictions
 from fedlpp_ray.training.reading import reading
-from fedlpp_ray.training.rules import PLAIN
+from fedlpp_ray.training.rules import constant_descent
 
 TEMPERATURE = 2.0
 """tau, by which the logits of both sides are divided."""
@@ -36,18 +36,18 @@ class Imitation:
     """Trains a model's trainable parameters in place towards probabilities.
 
     The loss is tau^2 KL(p || q), in nats, the mean over examples or tokens to write (Hinton et al.,
-    2015, arXiv 1503.02531): p the teachers' and q the model's softmax(z / tau). *Inferred*: AdamW
-    without weight decay at the client's rate, constant, and no dropout.
+    2015, arXiv 1503.02531): p the teachers' and q the model's softmax(z / tau). *Inferred*: the
+    client's optimizer without weight decay, at a constant rate, and no dropout.
 
     Args:
         model: A classifier or causal language model with adapters.
-        config: Its learning rate.
+        config: Its optimizer and learning rate.
         device: Where the model is.
     """
 
     def __init__(self, model: nn.Module, config: ClientConfig, device: torch.device) -> None:
         self._model, self._device, self._dtype = model, device, compute_dtype(model)
-        self._optimizer = PLAIN.make(trainable(model), config.lr, 0.0)
+        self._optimizer = constant_descent(config).make(trainable(model), config.lr, 0.0)
 
     def advance(self, batches: Sequence[Batch], targets: Sequence[Tensor]) -> list[float]:
         """Make a step for each batch; the model is left in evaluation mode.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.config import ClientConfig, Experiment
 from fedlpp_ray.state import State
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -82,6 +82,11 @@ class Descent:
 
 
 PLAIN = Descent()
+
+
+def constant_descent(config: ClientConfig) -> Descent:
+    """A client's optimiser at a constant learning rate."""
+    return Descent(config.optimizer, config.momentum)
 
 
 def client_descent(experiment: Experiment, round: int) -> Descent:

@@ -39,6 +39,10 @@ class Run:
         self.sent: dict[int, Broadcast] = {}
         federation = Federation(experiment, InProcess(experiment), self.sent.__setitem__)
         self.history: list[RoundRecord] = list(federation.run())
+        made = federation.final and safetensors.torch.load(
+            federation.final.adapter["adapter_model.safetensors"]
+        )
+        self.final: State | None = made or None
         self.state: State = safetensors.torch.load(
             federation.backend.adapter()["adapter_model.safetensors"]
         )
@@ -110,6 +114,37 @@ def test_colluders_of_several_ranks_read_the_messages_of_all_and_the_highest_las
     assert torch.isfinite(most[:2]).all()
 
 
+@pytest.mark.parametrize(("every", "most"), [(1, 1e-6), (3, 0.6)])
+def test_who_knows_that_the_final_model_is_a_mean_has_it_as_often_as_there_are_broadcasts(
+    tiny_experiment: Experiment, every: int, most: float
+) -> None:
+    """`most`: its distance to that model in that of the newest broadcast."""
+    values = {"federation.rounds": 9, "federation.local_steps": 2, "downlink.bits": 32}
+    values |= {"server.final_average": 4, "downlink.every": every, "adversary.watch": []}
+    own = Run(tiny_experiment.with_values(values))
+    view = own.ladder().view
+    assert own.final is not None
+    final = {name: own.final[name] for name in view.last.state}
+    found = ATTACKS["mean-final"].attack(view)
+    assert off(found, final) < most * off(view.last.state, final)
+
+
+@pytest.mark.parametrize("key", ["downlink.server_mask", "downlink.client_mask"])
+def test_a_client_with_a_mask_trains_the_columns_that_it_has(
+    tiny_experiment: Experiment, key: str
+) -> None:
+    masked = Run(
+        tiny_experiment.with_values({"federation.rounds": 2, "downlink.bits": 8, key: 0.25})
+    )
+    for hidden in ("known", "unknown"):
+        ladder = masked.ladder(architecture=hidden)
+        found = by_name(list(ladder.run(find_attacks(["after-training", "pooled-updates"]))))
+        last = masked.history[-1].evaluation
+        assert last is not None
+        assert found["after-training"].metrics == last.client_after
+        assert found["pooled-updates"].metrics == last.client_after
+
+
 @pytest.mark.parametrize("key", ["downlink.server_mask", "downlink.client_mask"])
 def test_who_knows_of_a_mask_takes_it_off(tiny_experiment: Experiment, key: str) -> None:
     """Nothing is trained, so S is what the seed made: off only in columns that came, by rounding.
@@ -156,6 +191,26 @@ def test_tuning_ends_where_validation_is_lowest(run: Run) -> None:
     assert view.loss(found) == min(losses) < 0.8 * losses[0]
     assert len(losses) < 200
     assert losses[-11] == min(losses)
+
+
+@pytest.mark.parametrize(("optimizer", "least", "most"), [("adamw", 0.9, 4), ("sgd", 0, 0.5)])
+def test_colluders_train_with_the_clients_optimizer(
+    tiny_experiment: Experiment, tmp_path: Path, optimizer: str, least: float, most: float
+) -> None:
+    """A step of AdamW is the learning rate long, whatever the gradient; one of SGD is not."""
+    values = {"client.optimizer": optimizer, "client.lr": 1e-3, "federation.rounds": 1}
+    own = tiny.write_csv(tmp_path / "own.csv", tiny.make_rows(40, seed=9))
+    ladder = Run(tiny_experiment.with_values(values)).ladder(max_looks=1, auxiliary=str(own))
+    bench: Any = ladder.view.tools
+    start = ladder.view.last.state
+    for train in (
+        lambda: bench.tune(start, "client"),
+        lambda: bench.distil(start, [(1.0, ladder.view.received[0].state)], "client"),
+    ):
+        train()
+        ended = bench._held["client"].state.read()
+        moved = max(float((ended[n] - start[n]).abs().max()) for n in start)
+        assert least * 1e-3 < moved < most * 1e-3
 
 
 def test_however_few_examples_there_are_some_are_trained_on(run: Run) -> None:
@@ -321,7 +376,7 @@ def test_colluders_validate_on_examples_of_their_own_that_they_do_not_train_on(r
     assert count == round(0.2 * len(own))
     other = next(c for c in range(8) if c not in bench.clients)
     with pytest.raises(ValueError, match=f"client {other} is none of the adversary's"):
-        bench.take_part(ladder.view.last.state, other, 4, "client")
+        bench.take_part(ladder.view.last, other, "client")
 
 
 @pytest.mark.slow
@@ -498,6 +553,19 @@ def test_a_black_box_makes_the_same_of_what_needs_no_architecture(run: Run) -> N
     for name in {*lacking} - {"distilled", "distilled-mean"}:
         with pytest.raises(ViewError):
             list(hidden.run(find_attacks([name])))
+
+
+def test_a_black_box_does_not_say_what_the_seed_made(tiny_experiment: Experiment) -> None:
+    """Columns that the server's mask never lets through are zero, and not as at the start."""
+    values = {"downlink.server_mask": 0.25, "federation.rounds": 1}
+    masked = Run(tiny_experiment.with_values(values))
+    open_, hidden = (masked.ladder(architecture=a).view.last for a in ("known", "unknown"))
+    (name, flags), *_ = sorted(open_.columns.items())
+    (number, same), *_ = sorted(hidden.columns.items())
+    assert number.startswith("tensor")
+    assert torch.equal(flags, same)
+    assert open_.state[name][:, ~flags.bool()].any()
+    assert not hidden.state[number][:, ~flags.bool()].any()
 
 
 def test_what_a_black_box_hides_is_not_watched(tiny_experiment: Experiment) -> None:

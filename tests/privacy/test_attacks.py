@@ -36,8 +36,8 @@ class FakeTools:
     def loss(self, state: State, base: Base) -> float:
         return float(state[HEAD].flatten()[0])
 
-    def take_part(self, state: State, client: int, round: int, base: Base) -> State:
-        return state | {HEAD: state[HEAD] + client}
+    def take_part(self, read: Received, client: int, base: Base) -> State:
+        return read.start | {HEAD: read.start[HEAD] + client}
 
     def tune(self, state: State, base: Base) -> State:
         self.tuned.append(state)
@@ -53,7 +53,8 @@ def view_of(states: list[State], tools: FakeTools | None = None) -> View:
     received = tuple(Received(made, 3, state) for made, state in enumerate(states, 1))
     readable = {3: frozenset(range(1, len(states) + 1))}
     returns = Returns({1: {3: 1.0}}, 1.0, states[0])
-    return View(received, 4, tools or FakeTools(), readable, averaged=2, returns=returns)
+    last = range(len(states) - 1, len(states) + 1)
+    return View(received, 4, tools or FakeTools(), readable, averaged=last, returns=returns)
 
 
 def state(seed: int = 0) -> State:
@@ -172,7 +173,25 @@ def test_the_mean_of_the_states_that_the_final_model_averages() -> None:
     states = [{HEAD: torch.tensor([float(value)])} for value in (1, 5, 9)]
     assert ATTACKS["mean-final"].attack(view_of(states))[HEAD] == 7
     with pytest.raises(ViewError, match="is no mean of its states"):
-        ATTACKS["mean-final"].attack(replace(view_of(states), averaged=0))
+        ATTACKS["mean-final"].attack(replace(view_of(states), averaged=()))
+
+
+@pytest.mark.parametrize(
+    ("made", "averaged", "expected"),
+    [
+        ((1, 3, 5), (3, 4, 5), (5 + 5 + 9) / 3),  # every second round one
+        ((1, 2, 5), (7, 8, 9, 10), 9),  # it was not there any more
+        ((4, 5, 6), (2, 3, 4, 5), (1 + 1 + 1 + 5) / 4),  # it came late: the first is the nearest
+        ((1, 2, 2), (1, 2), (1 + (5 + 9) / 2) / 2),  # of one round two editions
+    ],
+)
+def test_the_final_mean_is_over_rounds_however_many_broadcasts_they_had(
+    made: tuple[int, ...], averaged: tuple[int, ...], expected: float
+) -> None:
+    states = [{HEAD: torch.tensor([float(value)])} for value in (1, 5, 9)]
+    received = tuple(Received(m, 3, each) for m, each in zip(made, states, strict=True))
+    view = View(received, 4, FakeTools(), {3: frozenset(made)}, averaged=averaged)
+    assert ATTACKS["mean-final"].attack(view)[HEAD] == pytest.approx(expected)
 
 
 def test_a_state_is_followed_by_returns_inside_of_the_cells() -> None:

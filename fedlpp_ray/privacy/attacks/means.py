@@ -6,6 +6,9 @@ product has a higher rank, and its largest singular values are kept.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -56,14 +59,16 @@ def recent_products_full(view: View) -> State:
 
 @attack("mean-final", "broadcast", "average")
 def mean_final(view: View) -> State:
-    """(1/n) sum of the newest n broadcasts, as the server's final model is of its last n states.
+    """The mean over the averaged states of the newest broadcast that was read by then.
 
     For `server.final_average` (Polyak and Juditsky, 1992), by who knows of it.
     """
     if not view.averaged:
         raise ViewError("the server's final model is no mean of its states")
-    last = sorted({each.made for each in view.received})[-view.averaged :]
-    return average(view, [float(each.made in last) for each in view.received])
+    editions = Counter(each.made for each in view.received)
+    made = sorted(editions)
+    newest = Counter(made[max(bisect_right(made, round) - 1, 0)] for round in view.averaged)
+    return average(view, [newest[each.made] / editions[each.made] for each in view.received])
 
 
 def recent(view: View) -> list[float]:

@@ -14,14 +14,14 @@ from fedlpp_ray.state import State
 @attack("after-training", "trained")
 def after_training(view: View) -> State:
     """What the newest broadcast is after the local training of its reader's round."""
-    return view.tools.take_part(view.last.start, view.last.client, view.last.made, view.base)
+    return view.tools.take_part(view.last, view.last.client, view.base)
 
 
 @attack("pooled-updates", "trained")
 def pooled_updates(view: View) -> State:
     """The newest broadcast and the mean of all colluders' updates from it: their own next round."""
     last, clients = view.last, sorted(view.tools.clients)
-    trained = [view.tools.take_part(last.start, each, last.made, view.base) for each in clients]
+    trained = [view.tools.take_part(last, each, view.base) for each in clients]
     mean = weighted_mean(trained, [1.0] * len(trained))
     return {name: tensor.float() for name, tensor in mean.items()}
 
@@ -54,7 +54,7 @@ def _moved(view: View, state: State, read: Received) -> State:
     if returns is None or read.made not in returns.weights:
         return state
     clients, weights = zip(*sorted(returns.weights[read.made].items()), strict=True)
-    made = [view.tools.take_part(read.start, each, read.made, "client") for each in clients]
+    made = [view.tools.take_part(read, each, "client") for each in clients]
     mean = weighted_mean(made, list(weights))
     return {n: (x + returns.lr * (mean[n] - read.start[n])).float() for n, x in state.items()}
 
