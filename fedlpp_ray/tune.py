@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 1 if no trial finished."""
+    """Run the command line; returns the exit status: 1 if interrupted, or if no trial finished."""
     options = _parser().parse_intermixed_args(arguments)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     return run_command(lambda: _tune(options, console), console)
@@ -76,7 +76,11 @@ def _tune(options: argparse.Namespace, console: Console) -> int:
         console.print("interrupted before any trial had a result: the same command goes on")
         return 1
     _show(space, outcomes, local / space.name, tracker, console)
-    return 0 if any(outcome.status == "finished" for outcome in outcomes) else 1
+    ends = [outcome.status for outcome in outcomes]
+    if "unfinished" in ends or (space.trials and len(ends) < space.total):
+        console.print("interrupted: the same command goes on")
+        return 1
+    return 0 if "finished" in ends else 1
 
 
 def _check_storage(storage: str, local: Path, *, remote: bool) -> None:

@@ -54,7 +54,9 @@ def outcomes(tiny_experiment: Experiment) -> list[TrialOutcome]:
         3: (rounds | {"server/utility": 1.0}, None),
     }
     return [
-        TrialOutcome(str(bits), {"downlink.bits": bits, "lora.rank": 4}, *reported)
+        TrialOutcome(
+            str(bits), {"downlink.bits": bits, "lora.rank": 4}, *reported, stopped=bits == 3
+        )
         for bits, reported in trials.items()
     ]
 
@@ -82,7 +84,8 @@ def test_a_search_of_many_keys_is_shown_in_full() -> None:
     config = dict(
         zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "rotate-each"], strict=True)
     )
-    stopped = TrialOutcome("1", config, {"server/utility": 0.5, "round": 4.0}, None)
+    metrics = {"server/utility": 0.5, "round": 4.0}
+    stopped = TrialOutcome("1", config, metrics, None, stopped=True)
     console = Console(width=168, record=True, file=io.StringIO())
     console.print(console_table(summarize([stopped], keys, OBJECTIVES), keys))
     text = console.export_text()
@@ -165,9 +168,16 @@ def test_a_sweep_that_was_interrupted_shows_what_has_reported() -> None:
             error=None,
             path="x/a",
         ),
+        SimpleNamespace(
+            metrics={"trial_id": "d", "round": 2, "config": config, "done": True},
+            config=config,
+            error=None,
+            path="x/d",
+        ),
     ]
     outcomes = outcomes_of(results)
-    assert [(each.trial, each.status) for each in outcomes] == [("a", "stopped"), ("b", "failed")]
+    ends = {each.trial: each.status for each in outcomes}
+    assert ends == {"a": "unfinished", "b": "failed", "d": "stopped"}
     table = summarize(outcomes, ["lora.rank"], {"server/accuracy": "max"})
     assert not table["non_dominated"].any()
     assert table["lora.rank"][0] == 4

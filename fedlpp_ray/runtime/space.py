@@ -22,14 +22,28 @@ from typing import Any, Literal
 
 import numpy as np
 from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+)
+from ray.tune.search import Searcher
 from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from fedlpp_ray.config import ConfigError, Experiment, load_experiment, parse_overrides
-from fedlpp_ray.runtime.variants import TRIAL, Variants, read_bundles, unbundled, without
+from fedlpp_ray.runtime.variants import COLUMNS, TRIAL, Variants, read_bundles, unbundled, without
 from fedlpp_ray.tracking.metrics import metric_names
 
 Direction = Literal["max", "min"]
+_WITH_METRIC = (
+    AsyncHyperBandScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+)
+"""Schedulers that compare trials."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,8 @@ def load_space(
     experiments = [variants.experiment(trial, str(path)) for trial in trials or []] or [base]
     objectives = _objectives(_get(module, "objectives", dict, path), experiments, path)
     _check_metrics(tune_config, experiments, path)
+    if taken := {*COLUMNS, *_reported(experiments)} & set(bundles):
+        raise ConfigError(f"{path}: bundles: '{min(taken)}' is a column of a sweep's table")
     if tune_config.search_alg is not None:
         samples = min(max_trials or tune_config.num_samples, tune_config.num_samples)
         trials, tune_config = None, replace(tune_config, num_samples=samples)
@@ -187,8 +203,36 @@ def _check_values(searched: dict[str, Any], tune_config: tune.TuneConfig, path: 
     for key, value in searched.items():
         if isinstance(value, dict) and set(value) != {"grid_search"}:
             raise ConfigError(f"{path}: {key}: is a section; give its keys, e.g. '{key}.x': ...")
-    if tune_config.num_samples < 1 and tune_config.search_alg is None:
+    if tune_config.num_samples < 1:
         raise ConfigError(f"{path}: num_samples = {tune_config.num_samples}: must be at least 1")
+    if tune_config.search_alg is not None:
+        _check_searcher(searched, tune_config, path)
+    if isinstance(tune_config.scheduler, _WITH_METRIC):
+        _check_metric(tune_config, tune_config.scheduler, f"{path}: tune_config.scheduler")
+
+
+def _check_searcher(searched: dict[str, Any], tune_config: tune.TuneConfig, path: Path) -> None:
+    """Refuse what Tune would refuse when the cluster is up, or would not count as we do."""
+    searcher, where = tune_config.search_alg, f"{path}: tune_config.search_alg"
+    if not isinstance(searcher, Searcher):
+        raise ConfigError(
+            f"{where}: must be a ray.tune.search.Searcher, as OptunaSearch is; leave it out for "
+            "grids and samplers, which max_concurrent_trials limits, too"
+        )
+    for key, value in searched.items():
+        if isinstance(value, dict):
+            raise ConfigError(
+                f"{path}: {key}: a searcher chooses and has no grid; allowed: tune.choice"
+            )
+    _check_metric(tune_config, searcher, where)
+    inner = getattr(searcher, "searcher", searcher)  # of a ConcurrencyLimiter
+    if convert := getattr(inner, "convert_search_space", None):
+        _try(partial(convert, searched), path)
+
+
+def _check_metric(tune_config: tune.TuneConfig, user: Any, where: str) -> None:
+    if user.metric is None and tune_config.metric is None:
+        raise ConfigError(f"{where}: needs a metric and a mode")
 
 
 def _pick(trials: list[dict[str, Any]], key: str, spec: Any) -> Any:

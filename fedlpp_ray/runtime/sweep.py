@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ray import tune
 from ray.tune import Callback
-from ray.tune.search import Searcher
+from ray.tune.result import DONE
 
 from fedlpp_ray.config import ConfigError, Experiment
 from fedlpp_ray.runtime.callbacks import PlacementCallback
@@ -42,6 +42,7 @@ class TrialOutcome:
         metrics: What it reported last; `protection` is among them if its run is finished.
         error: Why it failed, or None.
         threat: Against whom its protection is, in words; None of one that is not finished.
+        stopped: Whether a scheduler ended it before its last round.
     """
 
     trial: str
@@ -49,13 +50,16 @@ class TrialOutcome:
     metrics: dict[str, float]
     error: str | None
     threat: str | None = None
+    stopped: bool = False
 
     @property
-    def status(self) -> Literal["finished", "stopped", "failed"]:
-        """How it ended; "stopped" is by a scheduler, before its last round."""
+    def status(self) -> Literal["finished", "stopped", "unfinished", "failed"]:
+        """How it ended; "unfinished" has not, because the sweep was interrupted."""
         if self.error:
             return "failed"
-        return "finished" if PROTECTION in self.metrics else "stopped"
+        if PROTECTION in self.metrics:
+            return "finished"
+        return "stopped" if self.stopped else "unfinished"
 
 
 def run_sweep(
@@ -126,7 +130,7 @@ def _tune_config(space: SearchSpace) -> tune.TuneConfig:
     return replace(
         space.tune_config,
         num_samples=samples,
-        search_alg=OfFinished(searcher) if isinstance(searcher, Searcher) else searcher,
+        search_alg=OfFinished(searcher) if searcher else None,
         reuse_actors=True,
         trial_name_creator=lambda trial: trial.trial_id,
         trial_dirname_creator=lambda trial: trial.trial_id,
@@ -147,4 +151,5 @@ def _outcome(outcome: Any) -> TrialOutcome:
     metrics = outcome.metrics or {}
     trial = metrics.get("trial_id", Path(outcome.path).name)
     config, threat = values_of(outcome.config or {}), metrics.get(THREAT)
-    return TrialOutcome(trial, config, reported(metrics), error, threat)
+    ended = bool(metrics.get(DONE))  # Tune says so of what ends, by itself or by a scheduler
+    return TrialOutcome(trial, config, reported(metrics), error, threat, ended)

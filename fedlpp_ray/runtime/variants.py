@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlpp_ray.config import ConfigError, Experiment
+from fedlpp_ray.tracking.metrics import THREAT
 
 TRIAL = "trial"
 """Key of a resolved trial's number, beside its dotted keys, in Tune's configuration of it."""
+
+COLUMNS = (TRIAL, "status", "error", "non_dominated", THREAT)
+"""Of a sweep's table, beside what is searched and what trials report."""
 
 Bundles = dict[str, dict[Any, dict[str, Any]]]
 """By the name of a bundle and the name of a choice: dotted keys and their values."""

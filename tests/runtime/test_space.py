@@ -21,6 +21,10 @@ from fedlpp_ray.runtime.space import SearchSpace, load_space
 from fedlpp_ray.runtime.variants import values_of
 
 ROOT = Path(__file__).parents[2]
+OPTUNA = (
+    "from ray.tune.search.optuna import OptunaSearch\n"
+    "search = OptunaSearch(metric='protection', mode='max')\n"
+)
 HEADER = "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
 
 
@@ -182,9 +186,8 @@ def test_an_override_fixes_a_searched_key_and_max_trials_limits(write) -> None:
 
 def test_a_searcher_is_left_to_choose(write) -> None:
     path = write(
-        "from ray.tune.search.basic_variant import BasicVariantGenerator\n"
-        "param_space = {'client.lr': tune.loguniform(1e-5, 1e-1)}\n"
-        "tune_config = tune.TuneConfig(num_samples=9, search_alg=BasicVariantGenerator())"
+        OPTUNA + "param_space = {'client.lr': tune.loguniform(1e-5, 1e-1)}\n"
+        "tune_config = tune.TuneConfig(num_samples=9, search_alg=search)"
     )
     space = load_space(path, max_trials=4)
     assert space.trials is None
@@ -270,10 +273,45 @@ def test_a_searcher_is_left_to_choose(write) -> None:
         ),
         ("import no_such_module", "space.py: ModuleNotFoundError: .*no_such_module"),
         (
-            "from ray.tune.search.basic_variant import BasicVariantGenerator\n"
-            "param_space = {'lora.rnk': tune.randint(1, 3)}\n"
-            "tune_config = tune.TuneConfig(search_alg=BasicVariantGenerator())",
+            OPTUNA + "param_space = {'lora.rnk': tune.randint(1, 3)}\n"
+            "tune_config = tune.TuneConfig(search_alg=search)",
             "lora.rnk: unknown key",
+        ),
+        (
+            OPTUNA + "param_space = {'lora.rank': tune.randint(1, 3)}\n"
+            "tune_config = tune.TuneConfig(num_samples=-1, search_alg=search)",
+            "num_samples = -1: must be at least 1",
+        ),
+        (
+            OPTUNA + "param_space = {'lora.rank': tune.grid_search([1, 3])}\n"
+            "tune_config = tune.TuneConfig(search_alg=search)",
+            "lora.rank: a searcher chooses and has no grid; allowed: tune.choice",
+        ),
+        (
+            OPTUNA + "param_space = {'lora.rank': tune.qlograndint(1, 20, 2)}\n"
+            "tune_config = tune.TuneConfig(search_alg=search)",
+            "space.py: ValueError: .*only accept step is 1",
+        ),
+        (
+            OPTUNA + "param_space = {'lora.rank': tune.randint(1, 3)}\n"
+            "tune_config = tune.TuneConfig(search_alg=OptunaSearch())",
+            "tune_config.search_alg: needs a metric and a mode",
+        ),
+        (
+            "from ray.tune.search.basic_variant import BasicVariantGenerator\n"
+            "param_space = {'lora.rank': tune.grid_search([1, 3])}\n"
+            "tune_config = tune.TuneConfig(search_alg=BasicVariantGenerator(max_concurrent=2))",
+            "tune_config.search_alg: must be a ray.tune.search.Searcher",
+        ),
+        (
+            "from ray.tune.schedulers import ASHAScheduler\n"
+            "param_space = {'lora.rank': tune.grid_search([1, 3])}\n"
+            "tune_config = tune.TuneConfig(scheduler=ASHAScheduler(max_t=10))",
+            "tune_config.scheduler: needs a metric and a mode",
+        ),
+        *(
+            (BUNDLES.replace("'defence'", repr(name)), f"bundles: '{name}' is a column of a sweep")
+            for name in ("trial", "status", "protection", "floor", "round", "error")
         ),
     ],
 )
