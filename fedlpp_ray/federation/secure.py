@@ -17,6 +17,7 @@ secrets; what two sums of one round differ by, where others drop out, the server
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
     config, federation, down = experiment.secure, experiment.federation, experiment.downlink
     name, sampled = experiment.server.aggregation, experiment.federation.sample_size
     threshold = config.threshold or 0
+    most = math.floor(1e4 * (1 - 1 / federation.cohort_size)) / 1e4
     rules = private(experiment)
     reach = rules.reach if rules else 0.0
     able = ", ".join(key for key, known in METHODS.items() if _is_mean(known))
@@ -142,6 +144,11 @@ def refusals(experiment: Experiment, method: Method) -> dict[str, bool]:
         ),
         f"{sampled} client is sampled, and the sum of one is its update; allowed: 2 and more": (
             sampled < 2
+        ),
+        f"federation.over_selection = {federation.over_selection:g} samples {sampled} clients, and "
+        f"more than half of them are more than the cohort of {federation.cohort_size}, which is "
+        f"what the server waits for; allowed: {most:.4g} and less": (
+            sampled // 2 >= federation.cohort_size
         ),
         f"it is from {sampled // 2 + 1} to {sampled}, more than half of the {sampled} clients that "
         "are sampled": not sampled < 2 * threshold <= 2 * sampled,

@@ -394,6 +394,10 @@ def test_a_resumed_run_has_the_same_digests(secure: Experiment, tmp_path: Path) 
         ({"secure.threshold": 2}, "it is from 3 to 4"),
         ({"secure.threshold": 5}, "it is from 3 to 4"),
         ({"federation.over_selection": 0.5}, "it is from 4 to 6"),
+        (
+            {"federation.over_selection": 1.0, "secure.threshold": 4},
+            r"samples 8 clients, and more than half .* the cohort of 4.*; allowed: 0\.75 and less",
+        ),
         ({"federation.min_updates": 2}, r"federation\.min_updates = 2 would fold fewer"),
         ({"uplink.bits": 8}, r"uplink\.bits = 8 rounds to codes"),
         ({"uplink.bits": 8, "uplink.error_feedback": True}, r"uplink\.error_feedback adds"),

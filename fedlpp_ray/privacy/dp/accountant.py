@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import lru_cache
+from typing import Any
 
 from fedlpp_ray.errors import UserError
 
@@ -54,10 +56,19 @@ def epsilon_of(
     check_accountant()
     import dp_accounting as dp
 
+    bounds = _round(clients, sampled, noise_multiplier)
+    return min(float(dp.rdp.compute_epsilon(o, rounds * rdp, delta)[0]) for o, rdp in bounds)
+
+
+@lru_cache
+def _round(clients: int, sampled: int, noise_multiplier: float) -> list[tuple[Any, Any]]:
+    """Of both bounds of a round, the orders and the RDP at each; rounds add up."""
+    import dp_accounting as dp
+
     gaussian = dp.GaussianDpEvent(noise_multiplier / _SENSITIVITY)
     found = []
     for event in (gaussian, dp.SampledWithoutReplacementDpEvent(clients, sampled, gaussian)):
         accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-        accountant.compose(event, rounds)
-        found.append(float(accountant.get_epsilon(delta)))
-    return min(found)
+        accountant.compose(event)
+        found.append((accountant.orders, accountant.rdp))
+    return found
