@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from aws_stand_in import aws
+from botocore.config import Config
 from mlflow import MlflowClient
 from pyarrow.fs import FileSystem
 from test_jobs import ROOT, SPACE
@@ -58,7 +59,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     with aws(monkeypatch) as endpoint:
-        boto3.client("s3").create_bucket(Bucket="bucket")
+        # The first answer takes long on a loaded machine, and a repeated request has its bucket.
+        patient = Config(read_timeout=300, retries={"total_max_attempts": 1})
+        boto3.client("s3", config=patient).create_bucket(Bucket="bucket")
         yield Store(endpoint)
 
 
