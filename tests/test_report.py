@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedlpp_ray.config import Experiment
+from fedlpp_ray.config import Experiment, dump_experiment
 from fedlpp_ray.federation import Federation
 from fedlpp_ray.federation.in_process import InProcess
 from fedlpp_ray.federation.results import result
 from fedlpp_ray.report import console_table, non_dominated, save_plot, summarize
 from fedlpp_ray.runtime.sweep import TrialOutcome, outcomes_of
 from fedlpp_ray.tracking.metrics import final_metrics, round_metrics
+from fedlpp_ray.tune import main
 
 OBJECTIVES = {"server/accuracy": "max", "protection": "max", "bytes/total": "min"}
 
@@ -54,9 +56,7 @@ def outcomes(tiny_experiment: Experiment) -> list[TrialOutcome]:
         3: (rounds | {"server/utility": 1.0}, None),
     }
     return [
-        TrialOutcome(
-            str(bits), {"downlink.bits": bits, "lora.rank": 4}, *reported, stopped=bits == 3
-        )
+        TrialOutcome(str(bits), {"downlink.bits": bits, "lora.rank": 4}, *reported, ended=bits == 3)
         for bits, reported in trials.items()
     ]
 
@@ -85,7 +85,7 @@ def test_a_search_of_many_keys_is_shown_in_full() -> None:
         zip(keys, ["ternary", "int", 64, False, 32, 16, 0.025, "rotate-each"], strict=True)
     )
     metrics = {"server/utility": 0.5, "round": 4.0}
-    stopped = TrialOutcome("1", config, metrics, None, stopped=True)
+    stopped = TrialOutcome("1", config, metrics, None, ended=True)
     console = Console(width=168, record=True, file=io.StringIO())
     console.print(console_table(summarize([stopped], keys, OBJECTIVES), keys))
     text = console.export_text()
@@ -182,3 +182,29 @@ def test_a_sweep_that_was_interrupted_shows_what_has_reported() -> None:
     assert not table["non_dominated"].any()
     assert table["lora.rank"][0] == 4
     assert outcomes_of([results[0]]) == []
+
+
+@pytest.mark.parametrize("ends", [(True, True), (True, False), (True,)])
+def test_an_interrupted_sweep_says_so_and_is_no_success(
+    outcomes: list[TrialOutcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: tuple[bool, ...],
+) -> None:
+    """Tune returns as if nothing had been. One of two trials finished; the other, if it has
+    started, was stopped or interrupted."""
+    found = [outcomes[0], *(replace(outcomes[3], ended=end) for end in ends[1:])]
+    monkeypatch.setattr("fedlpp_ray.runtime.connect", lambda _: nullcontext())
+    monkeypatch.setattr("fedlpp_ray.runtime.plan.show_plan", lambda *_, **__: None)
+    monkeypatch.setattr("fedlpp_ray.runtime.sweep.run_sweep", lambda *_: found)
+    (tmp_path / "base.yaml").write_text(dump_experiment(Experiment(), "base", "x"))
+    (tmp_path / "space.py").write_text(
+        "from ray import tune\nbase = 'base.yaml'\nobjectives = {'protection': 'max'}\n"
+        "param_space = {'downlink.bits': tune.grid_search([2, 3])}\n"
+    )
+    command = [str(tmp_path / "space.py"), "--storage", str(tmp_path / "results")]
+    interrupted = ends != (True, True)
+    assert main(command) == int(interrupted)
+    said = "interrupted: the same command goes on" in capsys.readouterr().err
+    assert said == interrupted

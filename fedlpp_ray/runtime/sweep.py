@@ -42,7 +42,7 @@ class TrialOutcome:
         metrics: What it reported last; `protection` is among them if its run is finished.
         error: Why it failed, or None.
         threat: Against whom its protection is, in words; None of one that is not finished.
-        stopped: Whether a scheduler ended it before its last round.
+        ended: Whether it has ended, by itself or by a scheduler.
     """
 
     trial: str
@@ -50,16 +50,16 @@ class TrialOutcome:
     metrics: dict[str, float]
     error: str | None
     threat: str | None = None
-    stopped: bool = False
+    ended: bool = False
 
     @property
     def status(self) -> Literal["finished", "stopped", "unfinished", "failed"]:
-        """How it ended; "unfinished" has not, because the sweep was interrupted."""
+        """How it ended: "stopped" by a scheduler; "unfinished" has not, for the sweep has ended."""
         if self.error:
             return "failed"
         if PROTECTION in self.metrics:
             return "finished"
-        return "stopped" if self.stopped else "unfinished"
+        return "stopped" if self.ended else "unfinished"
 
 
 def run_sweep(
@@ -151,5 +151,5 @@ def _outcome(outcome: Any) -> TrialOutcome:
     metrics = outcome.metrics or {}
     trial = metrics.get("trial_id", Path(outcome.path).name)
     config, threat = values_of(outcome.config or {}), metrics.get(THREAT)
-    ended = bool(metrics.get(DONE))  # Tune says so of what ends, by itself or by a scheduler
+    ended = bool(metrics.get(DONE))
     return TrialOutcome(trial, config, reported(metrics), error, threat, ended)
