@@ -31,12 +31,11 @@ from fedlpp_ray.training import (
     ALONE,
     ClientRule,
     Descent,
-    FedProx,
     Group,
     Scaffold,
-    Subnetwork,
     Training,
     client_descent,
+    client_rules,
     configure_torch,
     dismiss,
     follow,
@@ -280,9 +279,7 @@ class ClientHost:
     def _rules(self, received: State, memory: Memory) -> list[ClientRule]:
         """The corrections of a client's gradient in a round."""
         config = self._experiment.client
-        rules: list[ClientRule] = [FedProx(config.proximal)] if config.proximal else []
-        if columns := all_columns(received):
-            rules.append(Subnetwork(columns))
+        rules = client_rules(config, all_columns(received))
         if config.scaffold:
             c = {name: received[f"{VARIATE}{name}"] for name in self._wire.variates}
             zeros = {name: torch.zeros_like(tensor) for name, tensor in c.items()}

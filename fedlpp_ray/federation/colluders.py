@@ -22,12 +22,10 @@ from fedlpp_ray.state import State
 from fedlpp_ray.tasks import Encoded, Tokens, collate, evaluation_batches
 from fedlpp_ray.tasks.batches import Label
 from fedlpp_ray.training import (
-    ClientRule,
-    FedProx,
     Imitation,
-    Subnetwork,
     Training,
     client_descent,
+    client_rules,
     constant_descent,
     mean_loss,
     opinions,
@@ -146,10 +144,6 @@ class Colluders:
         experiment, held = self._experiment, self._held[base]
         round = read.made
         held.put(read.start)
-        mu = experiment.client.proximal
-        rules: list[ClientRule] = [FedProx(mu)] if mu else []
-        if read.columns:
-            rules.append(Subnetwork(read.columns))
         method = find_method(experiment.server.aggregation)
         with held.state.training_only(method.trained(round)):
             Training(
@@ -161,7 +155,7 @@ class Colluders:
                 pad=self._text.pad,
                 device=self._device,
                 descent=client_descent(experiment, round),
-                rules=rules,
+                rules=client_rules(experiment.client, read.columns),
             ).run()
         return held.state.read()
 

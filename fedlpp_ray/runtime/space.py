@@ -208,7 +208,7 @@ def _check_values(searched: dict[str, Any], tune_config: tune.TuneConfig, path: 
     if tune_config.search_alg is not None:
         _check_searcher(searched, tune_config, path)
     if isinstance(tune_config.scheduler, _WITH_METRIC):
-        _check_metric(tune_config, tune_config.scheduler, f"{path}: tune_config.scheduler")
+        _check_has_metric(tune_config, tune_config.scheduler, f"{path}: tune_config.scheduler")
 
 
 def _check_searcher(searched: dict[str, Any], tune_config: tune.TuneConfig, path: Path) -> None:
@@ -224,13 +224,13 @@ def _check_searcher(searched: dict[str, Any], tune_config: tune.TuneConfig, path
             raise ConfigError(
                 f"{path}: {key}: a searcher chooses and has no grid; allowed: tune.choice"
             )
-    _check_metric(tune_config, searcher, where)
+    _check_has_metric(tune_config, searcher, where)
     inner = getattr(searcher, "searcher", searcher)  # of a ConcurrencyLimiter
     if convert := getattr(inner, "convert_search_space", None):
         _try(partial(convert, searched), path)
 
 
-def _check_metric(tune_config: tune.TuneConfig, user: Any, where: str) -> None:
+def _check_has_metric(tune_config: tune.TuneConfig, user: Any, where: str) -> None:
     if user.metric is None and tune_config.metric is None:
         raise ConfigError(f"{where}: needs a metric and a mode")
 

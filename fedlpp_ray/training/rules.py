@@ -257,3 +257,14 @@ def next_server_variate(
 
 def _read(parameters: Parameters) -> State:
     return {name: w.detach().to("cpu", torch.float32, copy=True) for name, w in parameters.items()}
+
+
+def client_rules(config: ClientConfig, columns: State) -> list[ClientRule]:
+    """Those that follow from the configuration and from what was received.
+
+    Args:
+        config: The client's.
+        columns: Of each masked tensor the flags of the columns that have come; empty: none is.
+    """
+    rules: list[ClientRule] = [FedProx(config.proximal)] if config.proximal else []
+    return [*rules, Subnetwork(columns)] if columns else rules
